@@ -1,0 +1,260 @@
+"""The books of one node's memory: which block is whose, what is cached, what is lent.
+
+Theory of operation. Every block is in exactly one place: *free*, *idle* (nobody refers to it, but it is a full block kept
+for its prefix, and is room like a free one), or *held* by one or more sequences. A sequence holds blocks in a holding, keyed
+by its owner: the node itself (owner ""), or a borrower. A loan is a number of blocks promised to one borrower, not
+particular blocks: what is promised and not yet held is subtracted from the node's own room, so a borrower that reserved
+never finds the memory gone. One borrower has at most one loan here; lending again makes it larger.
+
+Law: free + idle + held == count, and held by the node itself + lent <= count. `check` says whether it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId
+from infinillm.errors import Broken
+
+OWN = ""
+
+
+def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:
+    """A name for every full block of a prompt: it depends on the salt and on all tokens up to the block's end."""
+    names: list[bytes] = []
+    name = hashlib.sha256(salt.encode()).digest()
+    for start in range(0, len(tokens) - block_size + 1, block_size):
+        packed = b"".join(t.to_bytes(4, "little") for t in tokens[start : start + block_size])
+        name = hashlib.sha256(name + packed).digest()
+        names.append(name)
+    return names
+
+
+@dataclass(slots=True)
+class Holding:
+    """Blocks of one sequence on this node, by the position of their first slot, ascending."""
+
+    firsts: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+
+
+class Blocks:
+    """See the theory of operation above. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self, node: NodeId, count: int, block_size: int, lendable: int):
+        self.node, self.count, self.block_size, self.lendable = node, count, block_size, lendable
+        self.loans: dict[NodeId, Loan] = {}
+        self._free = list(range(count - 1, -1, -1))
+        self._references = [0] * count
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._by_name: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}
+        self._holdings: dict[tuple[NodeId, SeqId], Holding] = {}
+
+    # --- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def lent(self) -> int:
+        return sum(loan.blocks for loan in self.loans.values())
+
+    @property
+    def room(self) -> int:
+        """Blocks the node may still take for its own sequences."""
+        return len(self._free) + len(self._idle) - sum(loan.blocks - loan.used for loan in self.loans.values())
+
+    @property
+    def cached(self) -> int:
+        return len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Blocks held by the node's own sequences."""
+        return self.count - len(self._free) - len(self._idle) - sum(loan.used for loan in self.loans.values())
+
+    def holding(self, seq: SeqId, owner: NodeId = OWN) -> Holding | None:
+        return self._holdings.get((owner, seq))
+
+    def holders(self, owner: NodeId = OWN) -> list[SeqId]:
+        return [seq for whose, seq in self._holdings if whose == owner]
+
+    def match(self, names: Sequence[bytes]) -> tuple[int, int]:
+        """How many leading names are cached here, and how many of those blocks are idle (taking them costs room)."""
+        found = idle = 0
+        for name in names:
+            if (block := self._by_name.get(name)) is None:
+                break
+            found += 1
+            idle += block in self._idle
+        return found, idle
+
+    # --- holding -------------------------------------------------------------------------------------------------
+
+    def share(self, seq: SeqId, names: Sequence[bytes]) -> None:
+        """Hold the cached blocks of these names, the first at position 0. They must all be here."""
+        holding = self._holdings.setdefault((OWN, seq), Holding())
+        for i, name in enumerate(names):
+            block = self._by_name[name]
+            self._references[block] += 1
+            self._idle.pop(block, None)
+            holding.firsts.append(i * self.block_size)
+            holding.blocks.append(block)
+
+    def grow(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
+        """Hold `blocks` more for positions from `first` on; refused whole where there is no room for all."""
+        room = self.room
+        loan = self.loans.get(owner)
+        if owner != OWN:
+            room = loan.blocks - loan.used if loan else 0
+        if blocks > room:
+            return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
+        holding = self._holdings.setdefault((owner, seq), Holding())
+        for i in range(blocks):
+            self._insert(holding, first + i * self.block_size, self._take())
+        if loan is not None and owner != OWN:
+            self.loans[owner] = replace(loan, used=loan.used + blocks)
+        return None
+
+    def release(self, seq: SeqId, owner: NodeId = OWN) -> int:
+        """Let go of everything a sequence holds here; returns how many blocks it held."""
+        holding = self._holdings.pop((owner, seq), None)
+        if holding is None:
+            return 0
+        for block in reversed(holding.blocks):  # so that the end of a prefix is evicted before its beginning
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if block in self._names:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+        if owner != OWN and (loan := self.loans.get(owner)):
+            self.loans[owner] = replace(loan, used=loan.used - len(holding.blocks))
+        return len(holding.blocks)
+
+    def seal(self, seq: SeqId, first: int, name: bytes) -> None:
+        """A full block of the node's own sequence has its final content: others may share it from now on."""
+        holding = self._holdings.get((OWN, seq))
+        if holding is None or name in self._by_name:
+            return
+        try:
+            block = holding.blocks[holding.firsts.index(first)]
+        except ValueError:
+            return  # this block of the sequence lives on another node
+        if block not in self._names:
+            self._by_name[name] = block
+            self._names[block] = name
+
+    def forget_prefixes(self) -> None:
+        """Drop the prefix cache: idle blocks become free."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._by_name.clear()
+        self._names.clear()
+
+    # --- lending -------------------------------------------------------------------------------------------------
+
+    def lend(self, borrower: NodeId, blocks: int, until: float) -> Loan | Refused:
+        """Promise `blocks` more to a borrower. First come, first served; the cap and the own room decide."""
+        if borrower == self.node:
+            return Refused("a node cannot lend to itself")
+        if blocks <= 0:
+            return Refused("a loan has at least one block")
+        if blocks > self.lendable - self.lent:
+            return Refused(f"{self.node} lends at most {self.lendable} blocks and has lent {self.lent}")
+        if blocks > self.room:
+            return Refused(f"{self.node} has room for {self.room} blocks, not {blocks}")
+        old = self.loans.get(borrower)
+        loan = (
+            replace(old, blocks=old.blocks + blocks, until=max(old.until, until))
+            if old
+            else Loan(self.loan_id(borrower), self.node, borrower, blocks, until)
+        )
+        self.loans[borrower] = loan
+        return loan
+
+    def loan_id(self, borrower: NodeId) -> LoanId:
+        return f"{self.node}>{borrower}"
+
+    def renew(self, borrower: NodeId, until: float) -> bool:
+        """Keep a loan alive; never shortens it."""
+        if (loan := self.loans.get(borrower)) is None:
+            return False
+        self.loans[borrower] = replace(loan, until=max(loan.until, until))
+        return True
+
+    def give_back(self, borrower: NodeId, blocks: int | None = None) -> int:
+        """The borrower returns unused blocks of its loan (`None`: the whole loan, with whatever it still holds)."""
+        loan = self.loans.get(borrower)
+        if loan is None:
+            return 0
+        if blocks is None:
+            for seq in self.holders(borrower):
+                self.release(seq, borrower)
+            loan = self.loans[borrower]
+            blocks = loan.blocks
+        blocks = min(blocks, loan.blocks - loan.used)
+        if blocks == loan.blocks:
+            del self.loans[borrower]
+        else:
+            self.loans[borrower] = replace(loan, blocks=loan.blocks - blocks)
+        return blocks
+
+    def expire(self, now: float) -> list[Loan]:
+        """End every loan nobody renewed in time; returns them as they were."""
+        over = [loan for loan in self.loans.values() if loan.until <= now]
+        for loan in over:
+            self.give_back(loan.borrower)
+        return over
+
+    # --- laws ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise Broken where the books do not balance."""
+        held: dict[int, int] = {}
+        by_owner: dict[NodeId, int] = {}
+        for (owner, seq), holding in self._holdings.items():
+            if holding.firsts != sorted(set(holding.firsts)):
+                raise Broken(f"{seq} holds positions {holding.firsts} on {self.node}")
+            by_owner[owner] = by_owner.get(owner, 0) + len(holding.blocks)
+            for block in holding.blocks:
+                held[block] = held.get(block, 0) + 1
+        places = [*self._free, *self._idle, *held]
+        if sorted(places) != list(range(self.count)):
+            raise Broken(f"{self.node}: {len(places)} places for {self.count} blocks")
+        if any(self._references[block] != held.get(block, 0) for block in range(self.count)):
+            raise Broken(f"{self.node}: a reference count is wrong")
+        for borrower, loan in self.loans.items():
+            if loan.used != by_owner.get(borrower, 0) or loan.used > loan.blocks:
+                raise Broken(f"{self.node}: {borrower} holds {by_owner.get(borrower, 0)} under {loan}")
+        if set(by_owner) - set(self.loans) - {OWN}:
+            raise Broken(f"{self.node}: somebody holds blocks without a loan")
+        if self.room < 0 or self.used + self.lent > self.count or self.lent > max(self.lendable, 0):
+            raise Broken(f"{self.node}: used {self.used} + lent {self.lent} of {self.count}, lendable {self.lendable}")
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._by_name[self._names.pop(block)]
+        self._references[block] = 1
+        return block
+
+    @staticmethod
+    def _insert(holding: Holding, first: int, block: int) -> None:
+        if not holding.firsts or first > holding.firsts[-1]:
+            holding.firsts.append(first)
+            holding.blocks.append(block)
+            return
+        at = next(i for i, other in enumerate(holding.firsts) if other >= first)
+        assert holding.firsts[at] != first, (first, holding.firsts)
+        holding.firsts.insert(at, first)
+        holding.blocks.insert(at, block)
+
+
+def slots(holding: Holding, positions: Iterable[int], block_size: int) -> list[int]:
+    """Where in the pool the tokens at these positions go: block * block_size + offset."""
+    where = dict(zip(holding.firsts, holding.blocks, strict=True))
+    return [where[p - p % block_size] * block_size + p % block_size for p in positions]

@@ -1,0 +1,83 @@
+"""From a step and the layouts to what each node must do: the plan, a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from infinillm.core.types import Chunk, Grow, Layout, NodeId, Part, Plan, SeqId, Span, Step
+
+
+def reserved(layout: Layout) -> int:
+    """Where the last reserved span ends: tokens at earlier positions have a place, unless there are holes."""
+    return layout[-1].stop if layout else 0
+
+
+def uncovered(layout: Layout, start: int, stop: int) -> list[tuple[int, int]]:
+    """The parts of [start, stop) that have no place yet."""
+    gaps: list[tuple[int, int]] = []
+    for span in layout:
+        if span.stop <= start or span.start >= stop:
+            continue
+        if span.start > start:
+            gaps.append((start, span.start))
+        start = max(start, span.stop)
+    if start < stop:
+        gaps.append((start, stop))
+    return gaps
+
+
+def grown(layout: Layout, grow: Iterable[Grow], block_size: int) -> Layout:
+    """The layout with more blocks in it; neighbouring spans of one node become one."""
+    spans = [*layout, *(Span(g.node, g.first, g.first + g.blocks * block_size) for g in grow)]
+    spans.sort(key=lambda span: span.start)
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1].node == span.node and joined[-1].stop == span.start:
+            joined[-1] = Span(span.node, joined[-1].start, span.stop)
+        else:
+            assert not joined or joined[-1].stop <= span.start, (layout, span)
+            joined.append(span)
+    return tuple(joined)
+
+
+def without(layout: Layout, node: NodeId) -> tuple[Layout, list[Span]]:
+    """The layout after `node` was lost, and the spans that went with it."""
+    return tuple(s for s in layout if s.node != node), [s for s in layout if s.node == node]
+
+
+def filled(layout: Layout, length: int) -> Layout:
+    """The spans up to `length`: where K/V is, as told to people and to the controller."""
+    return tuple(Span(s.node, s.start, min(s.stop, length)) for s in layout if s.start < length)
+
+
+def parts(chunk: Chunk, layout: Layout) -> dict[NodeId, list[Part]]:
+    """Each node's share of a chunk: rows that can see something there, and rows whose K/V it keeps.
+
+    A node holding only later positions is not asked (visibility is by position).
+    """
+    asked: dict[NodeId, list[Part]] = {}
+    for span in layout:
+        if span.start >= chunk.stop:
+            continue
+        keep = (max(span.start, chunk.start), min(span.stop, chunk.stop))
+        keep = keep if keep[0] < keep[1] else (chunk.stop, chunk.stop)
+        mine = asked.setdefault(span.node, [])
+        if not mine:
+            mine.append(Part(chunk.seq, max(span.start, chunk.start), chunk.stop, *keep))
+        elif keep[0] < keep[1]:
+            mine.append(Part(chunk.seq, chunk.stop, chunk.stop, *keep))
+    return asked
+
+
+def plan(step: Step, layouts: Mapping[SeqId, Layout]) -> dict[NodeId, Plan]:
+    """What every node must do during the step. `layouts` already include what the step grows."""
+    grow: dict[NodeId, list[Grow]] = {}
+    work: dict[NodeId, list[Part]] = {}
+    for g in step.grow:
+        grow.setdefault(g.node, []).append(g)
+    for chunk in step.chunks:
+        for node, mine in parts(chunk, layouts[chunk.seq]).items():
+            work.setdefault(node, []).extend(mine)
+    return {
+        node: Plan(step.id, tuple(grow.get(node, ())), tuple(work.get(node, ()))) for node in dict.fromkeys([*grow, *work])
+    }

@@ -1,0 +1,138 @@
+"""Which tokens the next pass computes, and where their K/V will go: `schedule(...) -> Step`, a pure function.
+
+Running sequences come first, oldest first, then waiting ones as long as tokens, seats and blocks last. A sequence is
+admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve each
+other. One that was preempted comes back only when everything it may still need fits, so that it cannot be thrown out for
+ever. Blocks are taken at home first, then on the nodes that already hold a part of the sequence, then where most is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import dataclass
+
+from infinillm.core.layout import reserved, uncovered
+from infinillm.core.request import Sequence
+from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one pass may hold."""
+
+    tokens: int
+    sequences: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the prefix cache has for a waiting sequence: tokens, and how many of their blocks are idle (they cost room)."""
+
+    tokens: int = 0
+    idle: int = 0
+
+
+NO_MATCH = Match()
+
+
+def need(sequence: Sequence, block_size: int, match: Match = NO_MATCH) -> int:
+    """Blocks a waiting sequence must be given to be admitted, beyond what the prefix cache has for it."""
+    length = sequence.request.longest if sequence.preemptions else sequence.length
+    return -(-max(length, sequence.length) // block_size) - match.tokens // block_size
+
+
+def schedule(
+    id: int,
+    running: Seq[Sequence],
+    waiting: Seq[Sequence],
+    room: Mapping[NodeId, int],
+    budget: Budget,
+    *,
+    matches: Mapping[SeqId, Match],
+    patient: bool,
+) -> Step:
+    """Decide one pass.
+
+    running   oldest first; waiting in the order they are to be admitted
+    room      blocks that may be taken on each node, home first
+    patient   more blocks may still come (a loan is being asked for): wait rather than preempt
+    """
+    size = budget.block_size
+    left = dict(room)
+    home = next(iter(left))
+    tokens = budget.tokens
+    chunks: list[Chunk] = []
+    grow: list[Grow] = []
+    preempt: list[SeqId] = []
+    short = 0
+
+    def take(sequence: SeqId, layout: Layout, start: int, stop: int) -> int:
+        """Reserve blocks for [start, stop), as far as there is room; returns the position up to which it has a place."""
+        for a, b in uncovered(layout, start, stop):
+            first = a - a % size
+            wanted = -(-(b - first) // size)
+            for node in _preference(home, layout, left):
+                count = min(wanted, left[node])
+                if count > 0:
+                    left[node] -= count
+                    grow.append(Grow(sequence, node, first, count))
+                    first += count * size
+                    wanted -= count
+                if not wanted:
+                    break
+            if wanted:
+                return first
+        return stop
+
+    for sequence in running:
+        if tokens <= 0:
+            break
+        gap = sequence.gap
+        if gap is None or sequence.id in preempt:
+            continue
+        start, stop = gap[0], min(gap[1], gap[0] + tokens)
+        placed = stop
+        if stop > reserved(sequence.layout) or len(sequence.layout) > 1:
+            placed = max(start, min(stop, take(sequence.id, sequence.layout, start, stop)))
+        if placed < stop:
+            short += -(-(stop - placed) // size)
+        if placed > start:
+            chunks.append(Chunk(sequence.id, start, placed))
+            tokens -= placed - start
+        elif not patient and not preempt:
+            scheduled = {chunk.seq for chunk in chunks}
+            victim = next(s for s in reversed(running) if s.id not in scheduled)
+            preempt.append(victim.id)
+
+    admit: list[SeqId] = []
+    seats = budget.sequences - len(running)
+    if not preempt:
+        for sequence in waiting:
+            if tokens <= 0 or seats <= 0:
+                break
+            match = matches.get(sequence.id, NO_MATCH)
+            if match.idle > left[home]:  # blocks taken above may evict what the cache has
+                match = NO_MATCH
+            wanted = need(sequence, size, match)
+            missing = wanted + match.idle - sum(left.values())
+            if missing > 0:
+                short += missing
+                break  # first come, first served: nobody overtakes
+            left[home] -= match.idle
+            covered = max(sequence.length, sequence.request.longest if sequence.preemptions else 0)
+            take(sequence.id, (), match.tokens, covered)
+            stop = min(sequence.length, match.tokens + tokens)
+            chunks.append(Chunk(sequence.id, match.tokens, stop))
+            admit.append(sequence.id)
+            tokens -= stop - match.tokens
+            seats -= 1
+    return Step(id, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), short)
+
+
+def _preference(home: NodeId, layout: Layout, left: Mapping[NodeId, int]) -> list[NodeId]:
+    if left[home] > 0 and len(left) == 1:
+        return [home]
+    known = dict.fromkeys(span.node for span in reversed(layout))
+    others = sorted((n for n in left if n != home and n not in known), key=lambda n: -left[n])
+    return [home, *(n for n in known if n != home and n in left), *others]
