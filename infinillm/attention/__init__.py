@@ -1,0 +1,1 @@
+"""The mathematics of splitting attention: parts that merge, and the blocks of one device."""

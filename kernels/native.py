@@ -1,0 +1,308 @@
+"""The CPU body: compiled C++ reached through ctypes; long chunks go to torch's own attention."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from infinillm.kernels import torch_body
+from infinillm.kernels.build import build
+from infinillm.kernels.checks import check_alike, check_merge, check_question, check_table, check_write
+from infinillm.kernels.reference import Table
+
+if TYPE_CHECKING:
+    from infinillm.kernels.bodies import Body
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+QUESTION = struct.Struct("@10P4q8i2f")  # Question, as in attention.cpp
+LANES = 16  # widths must be multiples
+MOST_BLOCK = 256  # slots of a block; as in attention.cpp
+MOST_ROWS = 8  # query rows of one sequence; torch's attention is faster beyond
+MOST_TOKENS = 8  # rows of a linear; torch's is faster beyond
+
+
+class Native:
+    """The functions of reference.py over one loaded library. It remembers the last table, as a step asks it often."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._attend = _bind(library.attend_blocks, c_int, c_int, c_char_p)
+        self._merge = _bind(library.merge_parts, None, c_int, *[c_void_p] * 6, c_int64, c_int)
+        self._write = _bind(library.write_blocks, c_int, *[c_void_p] * 5, *[c_int64] * 6, c_int, c_int, c_int64)
+        self._norm = _bind(
+            library.rms_norm, None, c_int, *[c_void_p] * 5, *[c_int64] * 3, c_int, c_int, c_float, c_float
+        )
+        self._rotate = _bind(library.rotate_pair, None, c_int, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 5)
+        self._gate = _bind(library.gate_mul, None, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int)
+        self._linear = _bind(
+            library.linear_rows, None, c_int, *[c_void_p] * 4, c_int64, c_int, c_int64, c_int, c_int
+        )
+        self._read = _bind(library.read_floats, c_float, c_void_p, c_int64, c_int)
+        self._last: tuple[Table, tuple[int, ...], list[int]] | None = None
+
+    copy_blocks = staticmethod(torch_body.copy_blocks)
+
+    def write_blocks(self, k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> None:
+        """See reference.write_blocks."""
+        check_write(k, v, k_blocks, v_blocks, slots)
+        blocks, heads, size, dim = k_blocks.shape
+        item = k.element_size()
+        wrong = self._write(
+            k.data_ptr(),
+            v.data_ptr(),
+            k_blocks.data_ptr(),
+            v_blocks.data_ptr(),
+            slots.data_ptr(),
+            slots.shape[0],
+            k.stride(0) * item,
+            v.stride(0) * item,
+            k_blocks.stride(0) * item,
+            v_blocks.stride(0) * item,
+            blocks,
+            heads,
+            size,
+            dim * item,
+        )
+        if wrong:
+            raise ValueError(f"slots must lie in a pool of {blocks * size}")
+
+    def attend_blocks(
+        self,
+        q: Tensor,
+        k_blocks: Tensor,
+        v_blocks: Tensor,
+        table: Table,
+        *,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """See reference.attend_blocks."""
+        check_question(q, k_blocks, v_blocks)
+        blocks, kv_heads, size, dim = k_blocks.shape
+        if dim % LANES or size > MOST_BLOCK:
+            return torch_body.attend_blocks(
+                q, k_blocks, v_blocks, table, scale=scale, window=window, soft_cap=soft_cap
+            )
+        pointers, long = self._read_table(q, table)
+        tokens, heads, _ = q.shape
+        o = torch.empty((tokens, heads, dim), dtype=q.dtype)
+        lse = torch.empty((tokens, heads), dtype=torch.float32)
+        question = QUESTION.pack(
+            q.data_ptr(),
+            k_blocks.data_ptr(),
+            v_blocks.data_ptr(),
+            o.data_ptr(),
+            lse.data_ptr(),
+            *pointers,
+            q.stride(0),
+            k_blocks.stride(0),
+            v_blocks.stride(0),
+            blocks,
+            table.rows.shape[0] - 1,
+            heads,
+            kv_heads,
+            dim,
+            size,
+            window,
+            MOST_ROWS,
+            torch.get_num_threads(),
+            scale,
+            soft_cap,
+        )
+        if self._attend(CODES[q.dtype], question):
+            raise ValueError(f"table.blocks must lie in a pool of {blocks}")
+        if long:
+            rows, spans = table.rows.tolist(), table.spans.tolist()
+            for s in long:
+                r, e = slice(rows[s], rows[s + 1]), slice(spans[s], spans[s + 1])
+                held, firsts, positions = table.blocks[e], table.firsts[e], table.positions[r]
+                o[r], lse[r] = 0.0, float("-inf")
+                torch_body.attend_sequence(
+                    q[r], k_blocks, v_blocks, held, firsts, positions, o[r], lse[r], scale, window, soft_cap
+                )
+        return o, lse
+
+    def _read_table(self, q: Tensor, table: Table) -> tuple[tuple[int, ...], list[int]]:
+        """Where a table's tensors are, and which of its sequences have too many rows for the native walk."""
+        last = self._last
+        if last is not None and last[0] is table and table.positions.shape[0] == q.shape[0]:
+            return last[1], last[2]
+        check_table(q, table)
+        rows = table.rows.tolist()
+        long = [s for s in range(len(rows) - 1) if rows[s + 1] - rows[s] > MOST_ROWS]
+        pointers = tuple(ids.data_ptr() for ids in table)
+        self._last = table, pointers, long
+        return pointers, long
+
+    def merge(self, o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        """See reference.merge."""
+        check_merge(o_a, lse_a, o_b, lse_b)
+        tokens, heads, dim = o_a.shape
+        if dim % LANES or not all(x.is_contiguous() for x in (o_a, lse_a, o_b, lse_b)):
+            return torch_body.merge(o_a, lse_a, o_b, lse_b)
+        o, lse = torch.empty_like(o_a), torch.empty_like(lse_a)
+        self._merge(
+            CODES[o_a.dtype],
+            o_a.data_ptr(),
+            lse_a.data_ptr(),
+            o_b.data_ptr(),
+            lse_b.data_ptr(),
+            o.data_ptr(),
+            lse.data_ptr(),
+            tokens * heads,
+            dim,
+        )
+        return o, lse
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+        """See reference.rms_norm."""
+        check_alike(x=x, weight=weight)
+        rows, width = x.shape
+        if width % LANES or x.stride(1) != 1 or weight.shape != (width,):
+            return torch_body.rms_norm(x, weight, eps, plus_one)
+        normed = torch.empty((rows, width), dtype=x.dtype)
+        self._norm(
+            CODES[x.dtype],
+            x.data_ptr(),
+            None,
+            weight.data_ptr(),
+            normed.data_ptr(),
+            None,
+            rows,
+            x.stride(0),
+            0,
+            width,
+            torch.get_num_threads(),
+            eps,
+            float(plus_one),
+        )
+        return normed
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See reference.add_rms_norm."""
+        check_alike(x=x, residual=residual, weight=weight)
+        rows, width = x.shape
+        if width % LANES or not x.stride(1) == residual.stride(1) == 1 or weight.shape != (width,):
+            return torch_body.add_rms_norm(x, residual, weight, eps, plus_one)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must be {list(x.shape)}, not {list(residual.shape)}")
+        normed = torch.empty((rows, width), dtype=x.dtype)
+        total = torch.empty((rows, width), dtype=x.dtype)
+        self._norm(
+            CODES[x.dtype],
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            normed.data_ptr(),
+            total.data_ptr(),
+            rows,
+            x.stride(0),
+            residual.stride(0),
+            width,
+            torch.get_num_threads(),
+            eps,
+            float(plus_one),
+        )
+        return normed, total
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """See reference.rotate."""
+        check_alike(q=q, k=k)
+        tokens, heads, dim = q.shape
+        half = cos.shape[1]
+        rows = q.stride()[1:] == (dim, 1) == k.stride()[1:]
+        if half % LANES or not rows or cos.dtype is not torch.float32 or not cos.is_contiguous() & sin.is_contiguous():
+            return torch_body.rotate(q, k, cos, sin)
+        if k.shape[0] != tokens or k.shape[2] != dim or not cos.shape == sin.shape == (tokens, half) or 2 * half > dim:
+            raise ValueError(f"k, cos and sin must fit q {list(q.shape)}")
+        self._rotate(
+            CODES[q.dtype],
+            q.data_ptr(),
+            k.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            tokens,
+            q.stride(0),
+            k.stride(0),
+            heads,
+            k.shape[1],
+            dim,
+            half,
+            torch.get_num_threads(),
+        )
+        return None
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See reference.silu_mul."""
+        return self._gated(0, gate_up)
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        """See reference.gelu_tanh_mul."""
+        return self._gated(1, gate_up)
+
+    def _gated(self, act: int, gate_up: Tensor) -> Tensor:
+        check_alike(gate_up=gate_up)
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        if width % LANES or gate_up.stride(1) != 1:
+            return (torch_body.gelu_tanh_mul if act else torch_body.silu_mul)(gate_up)
+        out = torch.empty((rows, width), dtype=gate_up.dtype)
+        self._gate(
+            CODES[gate_up.dtype],
+            act,
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            rows,
+            gate_up.stride(0),
+            width,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See reference.linear."""
+        tokens, width = x.shape
+        features = weight.shape[0]
+        if not 0 < tokens <= MOST_TOKENS or width % LANES or features < LANES or not weight.is_contiguous():
+            return torch_body.linear(x, weight, bias)
+        if x.stride(1) != 1 or (bias is not None and not bias.is_contiguous()):
+            return torch_body.linear(x, weight, bias)
+        check_alike(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+        if weight.shape[1] != width or (bias is not None and bias.shape != (features,)):
+            raise ValueError(f"weight and bias must fit x {list(x.shape)}, not {list(weight.shape)}")
+        out = torch.empty((tokens, features), dtype=x.dtype)
+        self._linear(
+            CODES[x.dtype],
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.stride(0),
+            tokens,
+            features,
+            width,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def read(self, x: Tensor) -> float:
+        """Read x, contiguous float32, as fast as memory goes, with torch's threads: the benchmarks' yardstick."""
+        return float(self._read(x.data_ptr(), x.numel(), torch.get_num_threads()))
+
+
+def _bind(function, result, *arguments):  # type: ignore[no-untyped-def]
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+def load(cache: Path | None) -> Body | None:
+    """The native body, built if need be; None where nothing can be compiled."""
+    library = build(cache)
+    return Native(library) if library else None
