@@ -1,0 +1,1 @@
+"""Dense layers, weights, tokens: everything about a model that is not attention."""
