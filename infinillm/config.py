@@ -1,0 +1,247 @@
+"""The settings of every process, one frozen dataclass each; a field is one line with its unit and its only default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from infinillm import options
+from infinillm.options import arguments, check, explain, option, parser, sources
+
+__all__ = ["PROCESSES", "arguments", "explain", "load", "parser"]
+
+POLICIES = ("pooled", "isolated")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PORTS = ("auto", "shm", "tcp", "stream", "collective")
+DEVICES = ("auto", "cpu", "cuda")
+LEVELS = ("debug", "info", "warning", "error")
+MIB = 1 << 20
+
+
+# What several processes are told in the same words.
+_HOST = "address to bind; loopback unless you say otherwise"
+_METRICS = "port of /metrics, on --host; 0 takes a free one, -1 serves none"
+_CONTROLLER = "HOST:PORT of the controller"
+_MODEL = "a Hugging Face folder or hub id, or a GGUF file; empty: the small embedded default model"
+_LONGEST = "most tokens of one request, prompt and output; 0: what the model was made for"
+_CACHE = "folder for converted models and compiled kernels; empty: ~/.cache/infinillm"
+_LEVEL = "least level of the events logged to stderr"
+_NAME = "the name clients call the model by; empty: derived from MODEL"
+_URL = "where the gateway answers"
+_BLOCKS = "K/V blocks each worker owns; 0: as many as --kv-memory-gib holds"
+_MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0"
+_BLOCK = "tokens per block; the same in a whole cluster"
+_DTYPE = "of weights and K/V; auto: the model's own"
+_THREADS = "CPU threads of each worker; more than its share of the cores makes it slower, not faster"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controller:
+    """The process that keeps the ledger: who owns, lends and borrows blocks."""
+
+    host: str = option("127.0.0.1", _HOST)
+    port: int = option(7000, "port of gRPC; 0 takes a free one", least=0, most=65535)
+    metrics_port: int = option(0, _METRICS, least=-1, most=65535)
+    policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
+    heartbeat_seconds: float = option(0.5, "seconds between two heartbeats of a worker", least=0.01, most=60)
+    log_level: str = option("info", _LEVEL, choices=LEVELS)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A process that owns K/V memory and, unless it is memory only, serves the model."""
+
+    model: str = option("", _MODEL, positional=True)
+    id: str = option("", "name of this worker in the cluster; empty: HOST:PORT as others dial it")
+    host: str = option("127.0.0.1", _HOST)
+    port: int = option(0, "port of gRPC; 0 takes a free one", least=0, most=65535)
+    advertise: str = option("", "HOST:PORT at which others dial this worker; empty: --host and its port")
+    controller: str = option("", _CONTROLLER)
+    kv_blocks: int = option(0, _BLOCKS, least=0, most=2**31 - 1)
+    kv_memory_gib: float = option(1.0, _MEMORY, least=0, most=65536)
+    block_size: int = option(16, _BLOCK, least=1, most=1024)
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
+    max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
+    max_num_batched_tokens: int = option(512, "most tokens computed in one step", least=1, most=2**20)
+    max_num_seqs: int = option(64, "most requests computed in one step", least=1, most=65536)
+    lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
+    loan_seconds: float = option(10.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
+    port_kind: str = option("auto", "how tensors travel; auto: shm on one host, else tcp", choices=PORTS)
+    patience_seconds: float = option(5.0, "seconds of silence after which a peer is lost", least=0.01, most=3600)
+    threads: int = option(1, _THREADS, least=1, most=1024)
+    device: str = option("auto", "where the model runs; auto: cuda if there is one", choices=DEVICES)
+    memory_only: bool = option(False, "own and lend memory, serve no model")
+    metrics_port: int = option(0, _METRICS, least=-1, most=65535)
+    cache_dir: str = option("", _CACHE)
+    log_level: str = option("info", _LEVEL, choices=LEVELS)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """The process clients talk to: OpenAI's HTTP API and gRPC."""
+
+    model: str = option("", _MODEL, positional=True)
+    host: str = option("127.0.0.1", _HOST)
+    port: int = option(8000, "port of HTTP, /metrics included; 0 takes a free one", least=0, most=65535)
+    grpc_port: int = option(0, "port of gRPC; 0 takes a free one", least=0, most=65535)
+    controller: str = option("", _CONTROLLER)
+    served_model_name: str = option("", _NAME)
+    max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
+    max_body_bytes: int = option(16 * MIB, "most bytes of one HTTP body", least=1024, most=1 << 31)
+    cache_dir: str = option("", _CACHE)
+    log_level: str = option("info", _LEVEL, choices=LEVELS)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Convert a model and compile the CPU kernels ahead of time, so that workers start in seconds."""
+
+    model: str = option("", _MODEL, positional=True)
+    cache_dir: str = option("", _CACHE)
+    log_level: str = option("info", _LEVEL, choices=LEVELS)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serve:
+    """A whole cluster on this machine: a controller, a gateway and some workers."""
+
+    model: str = option("", _MODEL, positional=True)
+    host: str = option("127.0.0.1", "address the gateway binds; the rest stays on loopback")
+    port: int = option(8000, "port of HTTP; 0 takes a free one", least=0, most=65535)
+    grpc_port: int = option(0, "port of the gateway's gRPC; 0 takes a free one", least=0, most=65535)
+    workers: int = option(3, "how many worker processes", least=1, most=1024)
+    kv_blocks: int = option(0, _BLOCKS, least=0, most=2**31 - 1)
+    kv_memory_gib: float = option(1.0, _MEMORY, least=0, most=65536)
+    block_size: int = option(16, _BLOCK, least=1, most=1024)
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
+    max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
+    served_model_name: str = option("", _NAME)
+    policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
+    threads: int = option(1, _THREADS, least=1, most=1024)
+    port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
+    metrics_port: int = option(
+        0, "/metrics of the controller, then of each worker one higher; 0: free ones", least=0, most=64000
+    )
+    cache_dir: str = option("", _CACHE)
+    log_level: str = option("info", _LEVEL, choices=LEVELS)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def controller(self) -> Controller:
+        return Controller(port=0, policy=self.policy, metrics_port=self.metrics_port, log_level=self.log_level)
+
+    def worker(self, index: int, controller: str) -> Worker:
+        return Worker(
+            model=self.model,
+            id=f"worker-{index}",
+            controller=controller,
+            kv_blocks=self.kv_blocks,
+            kv_memory_gib=self.kv_memory_gib,
+            block_size=self.block_size,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            port_kind=self.port_kind,
+            threads=self.threads,
+            metrics_port=self.metrics_port + 1 + index if self.metrics_port else 0,
+            cache_dir=self.cache_dir,
+            log_level=self.log_level,
+        )
+
+    def prepare(self) -> Prepare:
+        return Prepare(model=self.model, cache_dir=self.cache_dir, log_level=self.log_level)
+
+    def gateway(self, controller: str) -> Gateway:
+        return Gateway(
+            model=self.model,
+            host=self.host,
+            port=self.port,
+            grpc_port=self.grpc_port,
+            controller=controller,
+            served_model_name=self.served_model_name,
+            max_model_len=self.max_model_len,
+            cache_dir=self.cache_dir,
+            log_level=self.log_level,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """Talk to a model in the terminal."""
+
+    url: str = option("http://127.0.0.1:8000", _URL)
+    once: str = option("", "ask this one question, print the answer and end")
+    system: str = option("", "the system message")
+    model: str = option("", "name of the model; empty: the one being served")
+    max_tokens: int = option(512, "most tokens of one answer", least=1, most=2**20)
+    temperature: float = option(0.0, "0 always takes the likeliest token", least=0, most=100)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Top:
+    """The pool, live in the terminal: whose blocks are used, cached, lent and borrowed."""
+
+    url: str = option("http://127.0.0.1:8000", _URL)
+    once: bool = option(False, "print it once and end")
+    seconds: float = option(0.5, "seconds between two looks", least=0.05, most=3600)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demo:
+    """A document that fits no worker, answered by workers that lend each other memory."""
+
+    model: str = option("", _MODEL, positional=True)
+    workers: int = option(3, "how many worker processes", least=2, most=64)
+    threads: int = option(1, _THREADS, least=1, most=1024)
+    dtype: str = option("float32", _DTYPE, choices=DTYPES)
+    document: str = option("", "a text file to ask about; empty: a logbook that comes with the demo")
+    question: str = option("", "what to ask; empty: what comes with the logbook")
+    max_tokens: int = option(64, "most tokens of the answer", least=1, most=4096)
+    cache_dir: str = option("", _CACHE)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+PROCESSES: dict[str, type[Any]] = {
+    each.__name__.lower(): each for each in (Controller, Worker, Gateway, Serve, Prepare, Chat, Top, Demo)
+}
+Config = TypeVar("Config", Controller, Worker, Gateway, Serve, Prepare, Chat, Top, Demo)
+
+
+def load(
+    cls: type[Config], argv: Sequence[str], environ: Mapping[str, str], file: str | Path | None = None, **words: str
+) -> Config:
+    """One process's settings: file < environment < flags, each value's source remembered. Raises BadRequest.
+
+    `words` are what --help says: prog, description, examples.
+    """
+    return options.load(cls, PROCESSES, argv, environ, file, **words)
