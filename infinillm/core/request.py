@@ -84,6 +84,7 @@ class Request:
     arrival: float = 0.0
     eos_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # prefixes are shared only among requests with the same salt
+    seed: int = 0  # the caller's, or one drawn when the request was accepted
 
     def __post_init__(self) -> None:
         if not self.prompt:

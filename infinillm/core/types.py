@@ -48,6 +48,16 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """What a cluster serves; nodes share a pool only where it is the same. `max_position` in tokens, 0: no limit known."""
+
+    name: str
+    shape: AttentionShape
+    max_position: int = 0
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """Tokens [start, stop) of one sequence live on `node`; start is a multiple of the block size."""
 
@@ -163,18 +173,20 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The sum of the events so far: who owns, lends and borrows, and where sequences live."""
+    """The sum of the events so far: who owns, lends and borrows, and where sequences live.
+
+    `layouts` is keyed by home (the node whose shard runs the sequence, and which alone speaks for it), then by sequence.
+    """
 
     epoch: int = 0
     nodes: Mapping[NodeId, Node] = field(default_factory=dict)
     loans: Mapping[LoanId, Loan] = field(default_factory=dict)
-    layouts: Mapping[SeqId, Layout] = field(default_factory=dict)
+    layouts: Mapping[NodeId, Mapping[SeqId, Layout]] = field(default_factory=dict)
 
 
 class TokenLogprob(NamedTuple):
-    """A token's log-probability (natural), its rank (1 is likeliest), and the likeliest tokens beside it."""
+    """A token's log-probability (natural, before penalties and temperature) and the likeliest tokens beside it."""
 
     token: int
     logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
+    top: tuple[tuple[int, float], ...] = ()

@@ -1,0 +1,234 @@
+"""The ledger as a fold over events: who owns, lends and borrows blocks, and where sequences live.
+
+Theory of operation. An event is a fact told by the node it concerns, because nodes judge their own memory: a lender
+tells of its loans, a home tells where its sequences lie, and what anybody else knows about them does not count. `apply`
+makes the next ledger and leaves the old one as it was; equal events give equal ledgers.
+
+    Joined    all that a node knows: its counts, the loans it gave, where its sequences lie; replaces what was known
+    Left      the node is gone, and with it the loans it gave and the layouts it told
+    Reported  the node's counts changed
+    Lent      a loan is new, or its size, use or expiry changed
+    Returned  a loan is over
+    Placed    a sequence lies elsewhere than before
+    Released  a sequence is over
+
+`lent` and `borrowed` follow from the loans and are not taken from reports. A loan may name a borrower, and a span a
+node, that is not in the ledger: after a restart it has not joined again yet; after a loss the teller has not noticed
+yet. So the ledger is soft state: `rebuild` from the nodes' own books gives it back whole.
+
+Laws, checked by `check`: used + lent <= blocks and lent <= lendable on every node; lent and borrowed are the sums of
+the loans; a loan's lender is known, is not its borrower, and promised at least what is used; a home is known, and the
+spans of a layout are in order and do not overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TypeAlias
+
+from infinillm.core.types import Layout, Ledger, Loan, LoanId, Node, NodeId, SeqId
+from infinillm.errors import Broken
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One node's own books: its counts, the loans it gave, the layouts of the sequences it runs."""
+
+    node: Node
+    lent: tuple[Loan, ...] = ()
+    layouts: Mapping[SeqId, Layout] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    loan: Loan
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    lender: NodeId
+    loan: LoanId
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    home: NodeId
+    sequence: SeqId
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    home: NodeId
+    sequence: SeqId
+
+
+Event: TypeAlias = Joined | Left | Reported | Lent | Returned | Placed | Released
+
+
+def apply(ledger: Ledger, event: Event) -> Ledger:
+    """The ledger after one event. Raises Broken where a node speaks that never joined, or of another's loans."""
+    match event:
+        case Joined(report):
+            return _join(_leave(ledger, report.node.id), report)
+        case Left(node):
+            return _leave(ledger, node)
+        case Reported(node):
+            known = _known(ledger, node.id)
+            counted = replace(node, lent=known.lent, borrowed=known.borrowed)
+            return replace(ledger, nodes={**ledger.nodes, node.id: counted})
+        case Lent(loan):
+            _known(ledger, loan.lender)
+            return _with_loans(ledger, {**ledger.loans, loan.id: loan}, (_own(ledger, loan.lender, loan.id), loan))
+        case Returned(lender, name):
+            if (was := _own(ledger, lender, name)) is None:
+                return ledger
+            return _with_loans(ledger, {key: each for key, each in ledger.loans.items() if key != name}, (was, None))
+        case Placed(home, sequence, layout):
+            _known(ledger, home)
+            return _with_layouts(ledger, home, {**ledger.layouts.get(home, {}), sequence: layout})
+        case Released(home, sequence):
+            kept = {**ledger.layouts.get(home, {})}
+            kept.pop(sequence, None)
+            return _with_layouts(ledger, home, kept)
+
+
+def apply_all(ledger: Ledger, events: Iterable[Event]) -> Ledger:
+    """The ledger after some events, in their order."""
+    return reduce(apply, events, ledger)
+
+
+def changes(before: Report, after: Report) -> tuple[Event, ...]:
+    """What one node tells when its books went from `before` to `after`.
+
+    What became smaller comes first and what became larger last, so that every ledger in between keeps the laws.
+    """
+    old, new = {loan.id: loan for loan in before.lent}, {loan.id: loan for loan in after.lent}
+    told: list[Event] = [Returned(after.node.id, name) for name in old if name not in new]
+    moved = [loan for name, loan in new.items() if old.get(name) != loan]
+    smaller = [loan for loan in moved if loan.id in old and loan.blocks <= old[loan.id].blocks]
+    told += [Lent(loan) for loan in smaller]
+    if before.node != after.node:
+        told.append(Reported(after.node))
+    told += [Lent(loan) for loan in moved if loan not in smaller]
+    home = after.node.id
+    told += [Released(home, seq) for seq in before.layouts if seq not in after.layouts]
+    told += [Placed(home, seq, layout) for seq, layout in after.layouts.items() if before.layouts.get(seq) != layout]
+    return tuple(told)
+
+
+def rebuild(epoch: int, reports: Iterable[Report]) -> Ledger:
+    """A new ledger from the nodes' own books, in any order."""
+    return apply_all(Ledger(epoch), (Joined(report) for report in reports))
+
+
+def expecting(ledger: Ledger, promised: Mapping[NodeId, tuple[int, int]]) -> Ledger:
+    """The ledger as if so many (blocks, requests) that were sent to nodes had already joined their queues."""
+    nodes = {
+        name: replace(node, wanted=node.wanted + blocks, waiting=node.waiting + requests)
+        for name, (blocks, requests) in promised.items()
+        if (node := ledger.nodes.get(name)) is not None
+    }
+    return replace(ledger, nodes={**ledger.nodes, **nodes}) if nodes else ledger
+
+
+def check(ledger: Ledger) -> None:
+    """Raise Broken where a law of the ledger fails."""
+    lent, borrowed = dict.fromkeys(ledger.nodes, 0), dict.fromkeys(ledger.nodes, 0)
+    for name, loan in ledger.loans.items():
+        if name != loan.id or loan.lender == loan.borrower or not 0 <= loan.used <= loan.blocks or loan.blocks < 1:
+            raise Broken(f"{loan} cannot be")
+        if loan.lender not in ledger.nodes:
+            raise Broken(f"{loan}: its lender is not in the ledger")
+        lent[loan.lender] += loan.blocks
+        if loan.borrower in borrowed:
+            borrowed[loan.borrower] += loan.blocks
+    for name, node in ledger.nodes.items():
+        if name != node.id or node.lent != lent[name] or node.borrowed != borrowed[name]:
+            raise Broken(f"{node}: its loans sum to lent {lent[name]}, borrowed {borrowed[name]}")
+        if min(node.used, node.cached) < 0 or node.used + node.lent > node.blocks or node.lent > node.lendable:
+            raise Broken(f"{name}: used {node.used} + lent {node.lent} of {node.blocks}, lendable {node.lendable}")
+    for home, layouts in ledger.layouts.items():
+        if home not in ledger.nodes or not layouts:
+            raise Broken(f"layouts of {home!r}, which is not in the ledger or has none")
+        for sequence, layout in layouts.items():
+            stop = 0
+            for span in layout:
+                if not stop <= span.start < span.stop:
+                    raise Broken(f"{sequence}: {span} starts before {stop} or is empty")
+                stop = span.stop
+
+
+def _known(ledger: Ledger, node: NodeId) -> Node:
+    if (known := ledger.nodes.get(node)) is None:
+        raise Broken(f"{node} speaks and is not in the ledger")
+    return known
+
+
+def _own(ledger: Ledger, lender: NodeId, name: LoanId) -> Loan | None:
+    """The loan of that name, if there is one; only its lender speaks of it."""
+    loan = ledger.loans.get(name)
+    if loan is not None and loan.lender != lender:
+        raise Broken(f"{lender} speaks of {loan}, which is not its own")
+    return loan
+
+
+def _join(ledger: Ledger, report: Report) -> Ledger:
+    name = report.node.id
+    for loan in report.lent:
+        if loan.lender != name or _own(ledger, name, loan.id) is not None:
+            raise Broken(f"{name} tells twice, or of another's loan: {loan}")
+    loans = {**ledger.loans, **{loan.id: loan for loan in report.lent}}
+    borrowed = sum(loan.blocks for loan in ledger.loans.values() if loan.borrower == name)
+    node = replace(report.node, lent=0, borrowed=borrowed)
+    joined = replace(ledger, nodes={**ledger.nodes, name: node})
+    return _with_layouts(_with_loans(joined, loans, *((None, loan) for loan in report.lent)), name, report.layouts)
+
+
+def _leave(ledger: Ledger, name: NodeId) -> Ledger:
+    if name not in ledger.nodes:
+        return ledger
+    over = [loan for loan in ledger.loans.values() if loan.lender == name]
+    loans = {key: loan for key, loan in ledger.loans.items() if loan.lender != name} if over else ledger.loans
+    left = _with_layouts(_with_loans(ledger, loans, *((loan, None) for loan in over)), name, {})
+    return replace(left, nodes={key: node for key, node in left.nodes.items() if key != name})
+
+
+def _with_loans(ledger: Ledger, loans: Mapping[LoanId, Loan], *turns: tuple[Loan | None, Loan | None]) -> Ledger:
+    """The ledger with these loans, and the sums on both sides brought along; `turns` are pairs of (was, is)."""
+    nodes = {**ledger.nodes}
+    for was, now in turns:
+        for loan, sign in ((was, -1), (now, 1)):
+            if loan is None:
+                continue
+            lender, borrower = nodes[loan.lender], nodes.get(loan.borrower)
+            nodes[loan.lender] = replace(lender, lent=lender.lent + sign * loan.blocks)
+            if borrower is not None:
+                nodes[loan.borrower] = replace(borrower, borrowed=borrower.borrowed + sign * loan.blocks)
+    return replace(ledger, nodes=nodes, loans=loans)
+
+
+def _with_layouts(ledger: Ledger, home: NodeId, layouts: Mapping[SeqId, Layout]) -> Ledger:
+    if layouts:
+        return replace(ledger, layouts={**ledger.layouts, home: layouts})
+    if home not in ledger.layouts:
+        return ledger
+    return replace(ledger, layouts={key: each for key, each in ledger.layouts.items() if key != home})

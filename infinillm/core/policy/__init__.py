@@ -1,0 +1,40 @@
+"""Policies: pure functions of the ledger, bound into one value each and chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from infinillm.core.cost import Cost
+from infinillm.core.policy import isolated, pooled
+from infinillm.core.policy.orders import Offers, Order
+from infinillm.core.types import Ledger, NodeId, Refused
+from infinillm.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """
+    route      (ledger, prompt_tokens, longest_tokens, block_size, exclude): the node to serve a request
+    capacity   (ledger, block_size): tokens of the longest request, prompt and output, that the nodes of now can hold
+    creditors  (ledger, node, blocks): who can lend to a node that is short of blocks, and how much each, best first
+    plan       (ledger, cost): what to order without being asked
+    """
+
+    name: str
+    route: Callable[[Ledger, int, int, int, Collection[NodeId]], NodeId | Refused]
+    capacity: Callable[[Ledger, int], int]
+    creditors: Callable[[Ledger, NodeId, int], Offers | Refused]
+    plan: Callable[[Ledger, Cost], tuple[Order, ...]]
+
+
+POLICIES = {
+    each.NAME: Policy(each.NAME, each.route, each.capacity, each.creditors, each.plan) for each in (isolated, pooled)
+}
+
+
+def named(name: str) -> Policy:
+    """The policy of that name. Raises BadRequest."""
+    if name not in POLICIES:
+        raise BadRequest(f"policy must be one of {', '.join(POLICIES)}, not {name!r}", field="policy")
+    return POLICIES[name]

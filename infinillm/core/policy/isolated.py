@@ -1,0 +1,37 @@
+"""No sharing: every request lives on one node. The baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from infinillm.core.cost import Cost
+from infinillm.core.policy.orders import Offers, Order, blocks_for, nobody, roomiest, serving, too_long
+from infinillm.core.types import Ledger, NodeId, Refused
+
+NAME = "isolated"
+
+
+def route(
+    ledger: Ledger, prompt_tokens: int, longest_tokens: int, block_size: int, exclude: Collection[NodeId]
+) -> NodeId | Refused:
+    nodes = serving(ledger)
+    need = blocks_for(longest_tokens, block_size)
+    found = roomiest((node for node in nodes if node.blocks >= need), exclude)
+    if found is not None:
+        return found
+    offered = max((node.blocks for node in nodes), default=0)
+    if not nodes or offered >= need:
+        return nobody(exclude)
+    return too_long(NAME, longest_tokens, block_size, offered, "one worker")
+
+
+def capacity(ledger: Ledger, block_size: int) -> int:
+    return max((node.blocks for node in serving(ledger)), default=0) * block_size
+
+
+def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
+    return Refused(f"{node} needs {blocks:,} more blocks; policy {NAME} lends none, so 0 are offered")
+
+
+def plan(ledger: Ledger, cost: Cost) -> tuple[Order, ...]:
+    return ()

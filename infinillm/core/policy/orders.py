@@ -1,0 +1,59 @@
+"""What policies answer with, and the arithmetic they share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from infinillm.core.types import Ledger, Node, NodeId, Refused
+
+Offers: TypeAlias = list[tuple[NodeId, int]]  # who could lend, and how many blocks, best first
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """The wish that `lender` promises `blocks` to `borrower`. Only the lender's event makes it true."""
+
+    lender: NodeId
+    borrower: NodeId
+    blocks: int
+    reason: str
+
+
+Order: TypeAlias = Lend
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // block_size)
+
+
+def serving(ledger: Ledger) -> list[Node]:
+    """The nodes a request may be routed to."""
+    return [node for node in ledger.nodes.values() if node.serves and not node.draining]
+
+
+def roomiest(nodes: Iterable[Node], exclude: Collection[NodeId]) -> NodeId | None:
+    """The node with the most room beyond what its queue asks for; of equals the one with fewest requests."""
+    ranked = [(n.wanted - n.free, n.running + n.waiting, n.id) for n in nodes if n.id not in exclude]
+    return min(ranked)[2] if ranked else None
+
+
+def too_long(policy: str, tokens: int, block_size: int, offered: int, where: str) -> Refused:
+    """The refusal of a request that no node could serve; people read it."""
+    return Refused(
+        f"the request needs {blocks_for(tokens, block_size):,} blocks ({tokens:,} tokens, {block_size} per block); "
+        f"policy {policy} offers {offered:,} on {where}, so at most {offered * block_size:,} tokens"
+    )
+
+
+def nobody(exclude: Collection[NodeId]) -> Refused:
+    """The refusal where nobody is there to ask."""
+    if exclude:
+        return Refused(f"no worker is ready to serve besides {', '.join(sorted(exclude))}")
+    return Refused("no worker is ready to serve")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

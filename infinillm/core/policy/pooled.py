@@ -1,0 +1,74 @@
+"""One pool: a request lives on the node that serves it and on whoever lends it blocks.
+
+A lender keeps back what its cap says, and one block for each request it runs, so that these can go on. It keeps nothing
+back for its queue: two nodes that wait for each other's room would wait for ever. A node that borrows is asked last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from infinillm.core.cost import Cost
+from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, roomiest, serving, too_long
+from infinillm.core.types import Ledger, Node, NodeId, Refused
+
+NAME = "pooled"
+
+
+def route(
+    ledger: Ledger, prompt_tokens: int, longest_tokens: int, block_size: int, exclude: Collection[NodeId]
+) -> NodeId | Refused:
+    nodes = serving(ledger)
+    need = blocks_for(longest_tokens, block_size)
+    lendable = _lendable(ledger)
+    found = roomiest((node for node in nodes if _reach(node, lendable) >= need), exclude)
+    if found is not None:
+        return found
+    offered = max((_reach(node, lendable) for node in nodes), default=0)
+    if not nodes or offered >= need:
+        return nobody(exclude)
+    count = sum(not node.draining for node in ledger.nodes.values())
+    return too_long(NAME, longest_tokens, block_size, offered, counted(count, "worker"))
+
+
+def capacity(ledger: Ledger, block_size: int) -> int:
+    lendable = _lendable(ledger)
+    return max((_reach(node, lendable) for node in serving(ledger)), default=0) * block_size
+
+
+def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
+    """As many as it takes to cover `blocks` twice: the ledger is half a second old, and some may refuse."""
+    others = [n for n in ledger.nodes.values() if n.id != node and not n.draining]
+    ranked = sorted((n.borrowed > 0, -offer, n.id) for n in others if (offer := _offer(n)) > 0)
+    if not ranked:
+        most = sum(n.lendable for n in others)
+        return Refused(
+            f"{node} needs {counted(blocks, 'more block')}; {counted(len(others), 'other worker')} "
+            f"may lend {most:,}, and 0 of them are free now"
+        )
+    offers: Offers = []
+    wanted = 2 * blocks
+    for _, negative, name in ranked:
+        if wanted <= 0:
+            break
+        offers.append((name, -negative))
+        wanted += negative
+    return offers
+
+
+def plan(ledger: Ledger, cost: Cost) -> tuple[Order, ...]:
+    """Nothing unasked: blocks are lent when a node wants them."""
+    return ()
+
+
+def _lendable(ledger: Ledger) -> int:
+    return sum(node.lendable for node in ledger.nodes.values() if not node.draining)
+
+
+def _reach(node: Node, lendable: int) -> int:
+    """Blocks a request could come to hold from this node: all of its own, and what the others may lend."""
+    return node.blocks + lendable - node.lendable
+
+
+def _offer(node: Node) -> int:
+    return min(node.lendable - node.lent, node.free - node.running)

@@ -1,0 +1,1 @@
+"""The step loop: take, schedule, commit, announce, run, publish."""

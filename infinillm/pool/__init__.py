@@ -1,0 +1,1 @@
+"""The pool: one conversation between those who ask about K/V and those who keep it."""

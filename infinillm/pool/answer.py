@@ -1,0 +1,262 @@
+"""A node's half of the conversation: lending blocks, keeping K/V, answering questions with partials.
+
+Theory of operation. A borrower first gets a loan (Lend), then a lane (OpenPort), then opens Converse. From there on one
+thread per borrower does, for each plan in the order they came: grow, then layer by layer receive [q, k, v], write, attend,
+send [o, lse]. Releases travel in the same order as plans, so nothing is freed under a plan's feet. A plan that is older than
+the last, or that the books refuse, ends the conversation: the borrower's port closes, and it knows. Loans outlive
+conversations: a borrower that reconnects before its loan lapses finds its blocks where they were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from infinillm import wire
+from infinillm.core.types import AttentionShape, Loan, Node, NodeId, Plan, Refused
+from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed
+from infinillm.pool.memory import Memory
+from infinillm.protos import pool_pb2 as pb
+from infinillm.telemetry import Metrics, log
+from infinillm.transport.base import Listener, Port
+from infinillm.transport.lanes import Lanes, choose, host_key
+
+
+POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
+
+
+class _Over:
+    """Said to a conversation's thread: no more plans will come."""
+
+
+@dataclass(eq=False)
+class Conversation:
+    """What one borrower said, waiting for its thread."""
+
+    borrower: NodeId
+    listener: Listener
+    ended: asyncio.Future[str]
+    opened: threading.Event = field(default_factory=threading.Event)
+    inbox: SimpleQueue[Plan | str | _Over] = field(default_factory=SimpleQueue)
+    port: Port | None = None
+
+    def close(self) -> None:
+        self.inbox.put(_Over())
+        self.opened.set()
+        self.listener.close()
+        if self.port is not None:
+            self.port.close()
+
+
+def answer(memory: Memory, port: Port, talk: Conversation) -> str:
+    """Carry out what a borrower says until it leaves; returns why the conversation ended."""
+    shape, store = memory.store.shape, memory.store
+    dtype, device = store.dtype, store.device
+    last = 0
+    with torch.inference_mode():
+        while True:
+            match talk.inbox.get():
+                case _Over():
+                    return "the borrower left"
+                case str(seq):
+                    with memory.lock:
+                        memory.blocks.release(seq, talk.borrower)
+                case Plan() as plan:
+                    if plan.step <= last:
+                        return f"plan {plan.step} came after {last}"
+                    last = plan.step
+                    if refused := memory.grow(plan.grow, talk.borrower):
+                        return refused.reason
+                    try:
+                        work = memory.work(plan.parts, talk.borrower)
+                    except KeyError as missing:
+                        return f"plan {plan.step} keeps K/V in a block that was not reserved ({missing})"
+                    if not work.rows and not work.kept:
+                        continue
+                    q = torch.empty(work.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)
+                    k = torch.empty(work.kept, shape.kv_heads, shape.head_dim, dtype=dtype, device=device)
+                    v = torch.empty_like(k)
+                    for layer in range(shape.layers):
+                        port.recv([q, k, v])
+                        if work.kept:
+                            store.write(layer, k, v, work.slots)
+                        if work.rows:
+                            partial = store.attend(layer, q, work.table)
+                            port.send([partial.o, partial.lse])
+
+
+class PoolService:
+    """The gRPC face of a node."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        describe: Callable[[], Node],
+        model: str,
+        lanes: Lanes,
+        port_kind: str,
+        patience: float,
+        loan_seconds: float,
+        clock: Callable[[], float],
+        metrics: Metrics,
+    ):
+        self.memory, self.describe, self.model = memory, describe, model
+        self.lanes, self.port_kind, self.patience, self.loan_seconds = lanes, port_kind, patience, loan_seconds
+        self.clock, self.metrics = clock, metrics
+        self.conversations: dict[str, Conversation] = {}
+        self.incarnations: dict[NodeId, str] = {}
+        self.threads: set[threading.Thread] = set()
+        self.draining = False
+
+    # --- lending -------------------------------------------------------------------------------------------------
+
+    async def Lend(self, request: pb.LendRequest, call: Any) -> pb.LendResponse:
+        borrower, now = request.borrower, self.clock()
+        if not borrower or not request.borrower_incarnation:
+            raise BadRequest("borrower and borrower_incarnation must be set", field="borrower")
+        if self.draining:
+            return pb.LendResponse(refused=f"{self.memory.blocks.node} is draining")
+        with self.memory.lock:
+            if self.incarnations.get(borrower, request.borrower_incarnation) != request.borrower_incarnation:
+                self._forget(borrower, "the borrower restarted")
+            self.incarnations[borrower] = request.borrower_incarnation
+            result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds)
+        if isinstance(result, Refused):
+            log("refused", borrower=borrower, blocks=request.blocks, reason=result.reason)
+            self.metrics.add("loan_operations_total", operation="refuse")
+            return pb.LendResponse(refused=result.reason)
+        log("lent", loan=result.id, borrower=borrower, blocks=request.blocks, total=result.blocks)
+        self.metrics.add("loan_operations_total", operation="lend")
+        return pb.LendResponse(loan=wire.loan_to_wire(result, now))
+
+    async def Return(self, request: pb.ReturnRequest, call: Any) -> pb.ReturnResponse:
+        with self.memory.lock:
+            borrower = next((b for b, loan in self.memory.blocks.loans.items() if loan.id == request.loan), None)
+            if borrower is None:
+                return pb.ReturnResponse()  # it has lapsed already: the same end
+            blocks = self.memory.blocks.give_back(borrower, request.blocks or None)
+        log("returned", loan=request.loan, borrower=borrower, blocks=blocks)
+        self.metrics.add("loan_operations_total", operation="return")
+        return pb.ReturnResponse()
+
+    def expire(self) -> list[Loan]:
+        """End the loans nobody renewed; called every now and then by the process."""
+        with self.memory.lock:
+            over = self.memory.blocks.expire(self.clock())
+        for loan in over:
+            log("expired", loan=loan.id, borrower=loan.borrower, blocks=loan.blocks)
+            self.metrics.add("loan_operations_total", operation="expire")
+            self._end(loan.borrower)
+        return over
+
+    def _forget(self, borrower: NodeId, reason: str) -> None:
+        if self.memory.blocks.give_back(borrower):
+            log("returned", borrower=borrower, reason=reason)
+        self._end(borrower)
+
+    def _end(self, borrower: NodeId) -> None:
+        for talk in [t for t in self.conversations.values() if t.borrower == borrower]:
+            talk.close()
+
+    # --- conversation --------------------------------------------------------------------------------------------
+
+    async def OpenPort(self, request: pb.OpenPortRequest, call: Any) -> pb.OpenPortResponse:
+        theirs, ours = wire.shape_from_wire(request.shape), self.memory.store.shape
+        if difference := _difference(theirs, ours):
+            raise BadRequest(f"the node's {difference}", field="shape")
+        kind = choose(request.kind or self.port_kind, host_key(), request.host_key)
+        listener = self.lanes.listen(kind)
+        name = secrets.token_hex(16)
+        loop = asyncio.get_running_loop()
+        talk = self.conversations[name] = Conversation(request.borrower, listener, loop.create_future())
+        thread = threading.Thread(target=self._serve, args=(name, talk, loop), name=f"answer-{talk.borrower}", daemon=True)
+        self.threads.add(thread)
+        thread.start()
+        return pb.OpenPortResponse(conversation=name, kind=kind, ticket=listener.ticket)
+
+    async def Converse(
+        self, requests: AsyncIterator[pb.ConverseRequest], call: Any
+    ) -> AsyncIterator[pb.ConverseResponse]:
+        first = await anext(requests, None)
+        name = first.open if first is not None else ""
+        talk = self.conversations.get(name)
+        if talk is None:
+            raise NotFound(f"no conversation {name!r} was opened here", field="open")
+        talk.opened.set()
+        listening = asyncio.create_task(self._listen(requests, talk))
+        try:
+            yield pb.ConverseResponse(open=name)
+            yield pb.ConverseResponse(refused=await asyncio.shield(talk.ended))
+        finally:
+            listening.cancel()
+            talk.close()
+
+    async def _listen(self, requests: AsyncIterator[pb.ConverseRequest], talk: Conversation) -> None:
+        try:
+            async for request in requests:
+                match request.WhichOneof("said"):
+                    case "plan":
+                        talk.inbox.put(wire.plan_from_wire(request.plan))
+                    case "release":
+                        talk.inbox.put(request.release.sequence)
+                    case "renew":
+                        with self.memory.lock:
+                            self.memory.blocks.renew(talk.borrower, self.clock() + self.loan_seconds)
+        finally:
+            talk.inbox.put(_Over())
+
+    def _serve(self, name: str, talk: Conversation, loop: asyncio.AbstractEventLoop) -> None:
+        reason = "nobody came to the port"
+        try:
+            talk.port = talk.listener.accept(self.patience)
+            if talk.opened.wait(self.patience):
+                reason = answer(self.memory, talk.port, talk)
+            else:
+                reason = "the port was taken, but no conversation followed"
+        except (PortClosed, DeadlineExceeded) as closed:
+            reason = closed.message
+        except Exception as defect:
+            reason = f"{type(defect).__name__}: {defect}"
+            raise
+        finally:
+            log("conversation_ended", borrower=talk.borrower, reason=reason)
+            talk.close()
+            self.conversations.pop(name, None)
+            self.threads.discard(threading.current_thread())
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, talk.ended, reason)
+
+    async def Describe(self, request: pb.DescribeRequest, call: Any) -> pb.DescribeResponse:
+        now = self.clock()
+        with self.memory.lock:
+            loans = [wire.loan_to_wire(loan, now) for loan in self.memory.blocks.loans.values()]
+        return pb.DescribeResponse(
+            node=wire.node_to_wire(self.describe()),
+            shape=wire.shape_to_wire(self.memory.store.shape),
+            loans=loans,
+            model=self.model,
+        )
+
+    def close(self) -> None:
+        for talk in list(self.conversations.values()):
+            talk.close()
+
+
+def _settle(ended: asyncio.Future[str], reason: str) -> None:
+    if not ended.done():
+        ended.set_result(reason)
+
+
+def _difference(theirs: AttentionShape, ours: AttentionShape) -> str:
+    for name in AttentionShape.__dataclass_fields__:
+        if getattr(theirs, name) != getattr(ours, name):
+            return f"{name} is {getattr(ours, name)}, the borrower's {getattr(theirs, name)}"
+    return ""

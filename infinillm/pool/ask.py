@@ -1,0 +1,387 @@
+"""A shard's half of the conversation: borrowing blocks, and attention over a sequence that lies on several nodes.
+
+Theory of operation. `Lenders` keeps one `Lender` per node we borrow from: a loan (a number of blocks), a port for tensors and
+a stream for words. Blocks of a loan are used by sequences without asking again, because the lender has reserved them; the
+plan of the next step tells it. `PooledAttention` is the `attend` a model calls: per layer it sends every remote node its
+query rows (and K/V rows to keep), computes its own partial while the wire works, and merges the remote partials as they
+arrive. What it sends per decoded token does not depend on the context.
+
+A lost lender is dropped with everything it held; the engine then sees holes in layouts, which are ordinary pending work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from infinillm import rpc, wire
+from infinillm.core.types import Chunk, Grow, NodeId, Part, Plan, Refused, SeqId
+from infinillm.errors import InfinillmError, NodeLost, PortClosed
+from infinillm.pool.memory import Memory, Work
+from infinillm.protos import pool_pb2 as pb
+from infinillm.telemetry import Metrics, log
+from infinillm.transport.base import Port
+from infinillm.transport.lanes import Lanes, host_key
+
+POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
+RPC_SECONDS = 5.0
+
+
+class Conversation:
+    """The borrower's end of one port and one stream of plans."""
+
+    def __init__(self, node: NodeId, address: str, name: str, port: Port):
+        self.node, self.port = node, port
+        self._counted = (0, 0)
+        self._closing = False
+        self._said: SimpleQueue[pb.ConverseRequest | None] = SimpleQueue()
+        self._channel = rpc.blocking_channel(address)
+        self._said.put(pb.ConverseRequest(open=name))
+        self._replies = rpc.BlockingClient(self._channel, POOL).Converse(iter(self._said.get, None))
+        self._reader = threading.Thread(target=self._read, name=f"hear-{node}", daemon=True)
+        self._reader.start()
+
+    def announce(self, plan: Plan) -> None:
+        self._said.put(pb.ConverseRequest(plan=wire.plan_to_wire(plan)))
+
+    def release(self, seq: SeqId) -> None:
+        self._said.put(pb.ConverseRequest(release=pb.Release(sequence=seq)))
+
+    def renew(self) -> None:
+        self._said.put(pb.ConverseRequest(renew=pb.Renew()))
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count the bytes the port carried since the last time."""
+        now = (self.port.sent_bytes, self.port.received_bytes)
+        for direction, new, old in zip(("sent", "received"), now, self._counted, strict=True):
+            metrics.add("port_bytes_total", new - old, peer=self.node, direction=direction, kind=self.port.kind)
+        self._counted = now
+
+    def close(self) -> None:
+        self._closing = True
+        self._said.put(None)
+        self.port.close()
+        self._replies.cancel()
+        self._channel.close()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout=RPC_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            for reply in self._replies:
+                if reply.WhichOneof("said") == "refused":
+                    log("conversation_refused", node=self.node, reason=reply.refused)
+                    break
+        except InfinillmError as error:
+            if not self._closing:
+                log("conversation_lost", node=self.node, reason=error.message)
+        finally:
+            self.port.close()  # wakes a step that waits for this node
+
+
+@dataclass(slots=True)
+class Lender:
+    """One node we borrow from."""
+
+    node: NodeId
+    address: str
+    loan: str
+    blocks: int
+    used: dict[SeqId, int] = field(default_factory=dict)
+    conversation: Conversation | None = None
+    unsaid: list[SeqId] = field(default_factory=list)  # releases to tell when the conversation is open again
+    idle_since: float = 0.0
+
+    @property
+    def room(self) -> int:
+        return self.blocks - sum(self.used.values())
+
+
+class Lenders:
+    """All the nodes we borrow from. Accounts change under a lock; the network is never awaited with it held."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        incarnation: str,
+        memory: Memory,
+        *,
+        lanes: Lanes,
+        port_kind: str,
+        metrics: Metrics,
+    ):
+        self.node, self.incarnation, self.memory = node, incarnation, memory
+        self.lanes, self.port_kind, self.metrics = lanes, port_kind, metrics
+        self.accounts: dict[NodeId, Lender] = {}
+        self._lock = threading.Lock()
+
+    # --- accounts, called by the engine --------------------------------------------------------------------------
+
+    def room(self) -> dict[NodeId, int]:
+        with self._lock:
+            return {node: lender.room for node, lender in self.accounts.items()}
+
+    @property
+    def borrowed(self) -> int:
+        with self._lock:
+            return sum(lender.blocks for lender in self.accounts.values())
+
+    def grow(self, grow: Grow) -> None:
+        with self._lock:
+            used = self.accounts[grow.node].used
+            used[grow.seq] = used.get(grow.seq, 0) + grow.blocks
+
+    def release(self, seq: SeqId) -> None:
+        """Give the blocks of a sequence back to the loans they came from."""
+        with self._lock:
+            touched = [lender for lender in self.accounts.values() if lender.used.pop(seq, 0)]
+            for lender in touched:
+                lender.idle_since = time.monotonic()
+        for lender in touched:
+            if lender.conversation is not None:
+                lender.conversation.release(seq)
+            else:
+                lender.unsaid.append(seq)
+
+    def conversation(self, node: NodeId) -> Conversation:
+        """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost."""
+        with self._lock:
+            lender = self.accounts.get(node)
+        if lender is None:
+            raise NodeLost(f"no loan from {node}", node=node)
+        if lender.conversation is None:
+            try:
+                lender.conversation = self._open(lender.node, lender.address)
+            except InfinillmError as error:
+                raise NodeLost(error.message, node=node) from error
+            while lender.unsaid:
+                lender.conversation.release(lender.unsaid.pop())
+        return lender.conversation
+
+    def reset(self, nodes: Iterable[NodeId]) -> None:
+        """End these conversations, not the loans: a step that failed half-way left them out of step."""
+        for node in nodes:
+            lender = self.accounts.get(node)
+            if lender is not None and lender.conversation is not None:
+                lender.conversation.close()
+                lender.conversation = None
+
+    def drop(self, node: NodeId) -> None:
+        """Forget a lender that was lost, and everything it held for us."""
+        with self._lock:
+            lender = self.accounts.pop(node, None)
+        if lender is not None and lender.conversation is not None:
+            lender.conversation.close()
+
+    # --- borrowing, called from the event loop -------------------------------------------------------------------
+
+    async def borrow(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
+        """Reserve `least` to `wanted` blocks from the candidates, best first: all or nothing, so nobody holds half."""
+        got: list[tuple[NodeId, str, str, int]] = []
+        reasons: list[str] = []
+        total = 0
+        for node, address, offered in candidates:
+            if total >= wanted:
+                break
+            asked = min(wanted - total, offered)
+            try:
+                loan = await self._lend(node, address, asked)
+            except InfinillmError as error:
+                loan = Refused(f"{node}: {error.message}")
+            if isinstance(loan, Refused):
+                reasons.append(loan.reason)
+                continue
+            got.append((node, address, loan.id, asked))
+            total += asked
+        if total < least:
+            for _, address, loan, asked in got:
+                await self._return(address, loan, asked)
+            return Refused("; ".join(reasons) or f"{total} of {least} blocks could be borrowed")
+        for node, address, loan, asked in got:
+            with self._lock:
+                lender = self.accounts.setdefault(node, Lender(node, address, loan, 0))
+                lender.blocks += asked
+                lender.idle_since = time.monotonic()
+            self.metrics.add("loan_operations_total", operation="borrow")
+            log("borrowed", lender=node, blocks=asked, total=lender.blocks)
+            if lender.conversation is None:
+                try:
+                    lender.conversation = await asyncio.to_thread(self._open, node, address)
+                except InfinillmError as error:
+                    self.drop(node)
+                    await self._return(address, loan, 0)
+                    return Refused(f"{node}: {error.message}")
+        return total
+
+    async def give_back_idle(self, idle_seconds: float) -> None:
+        """Return what no sequence uses: the whole loan of a lender idle for a while."""
+        now = time.monotonic()
+        with self._lock:
+            idle = [x for x in self.accounts.values() if not x.used and now - x.idle_since >= idle_seconds]
+            for lender in idle:
+                del self.accounts[lender.node]
+        for lender in idle:
+            log("gave_back", lender=lender.node, blocks=lender.blocks)
+            await self._return(lender.address, lender.loan, 0)
+            if lender.conversation is not None:
+                await asyncio.to_thread(lender.conversation.close)
+
+    def renew(self) -> None:
+        with self._lock:
+            lenders = list(self.accounts.values())
+        for lender in lenders:
+            if lender.conversation is not None:
+                lender.conversation.renew()
+
+    def measure(self) -> None:
+        with self._lock:
+            open_now = [x.conversation for x in self.accounts.values() if x.conversation is not None]
+        for conversation in open_now:
+            conversation.measure(self.metrics)
+
+    async def close(self) -> None:
+        with self._lock:
+            lenders, self.accounts = list(self.accounts.values()), {}
+        for lender in lenders:
+            await self._return(lender.address, lender.loan, 0)
+            if lender.conversation is not None:
+                await asyncio.to_thread(lender.conversation.close)
+
+    # --- the wire ------------------------------------------------------------------------------------------------
+
+    async def _lend(self, node: NodeId, address: str, blocks: int) -> pb.LendResponse | Refused:
+        async with rpc.channel(address) as channel:
+            reply = await rpc.Client(channel, POOL).Lend(
+                pb.LendRequest(borrower=self.node, borrower_incarnation=self.incarnation, blocks=blocks),
+                timeout=RPC_SECONDS,
+            )
+        return reply.loan if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
+
+    async def _return(self, address: str, loan: str, blocks: int) -> None:
+        try:
+            async with rpc.channel(address) as channel:
+                await rpc.Client(channel, POOL).Return(pb.ReturnRequest(loan=loan, blocks=blocks), timeout=RPC_SECONDS)
+        except InfinillmError as error:
+            log("return_failed", loan=loan, reason=error.message)  # it lapses by itself
+
+    def _open(self, node: NodeId, address: str) -> Conversation:
+        with rpc.blocking_channel(address) as channel:
+            reply = rpc.BlockingClient(channel, POOL).OpenPort(
+                pb.OpenPortRequest(
+                    borrower=self.node,
+                    borrower_incarnation=self.incarnation,
+                    shape=wire.shape_to_wire(self.memory.store.shape),
+                    kind=self.port_kind,
+                    host_key=host_key(),
+                ),
+                timeout=RPC_SECONDS,
+            )
+        port = self.lanes.connect(reply.ticket)
+        log("port_opened", node=node, kind=port.kind)
+        return Conversation(node, address, reply.conversation, port)
+
+
+@dataclass(slots=True)
+class Share:
+    """One node's rows of a step. `None` for rows or kept means all of them, in order."""
+
+    node: NodeId
+    rows: Tensor | None
+    kept: Tensor | None
+    row_count: int
+    kept_count: int
+
+
+class PooledAttention:
+    """`attend(layer, q, k, v) -> o` over everything a step's sequences have, wherever it lies."""
+
+    def __init__(self, home: NodeId, memory: Memory, lenders: Lenders, metrics: Metrics):
+        self.home, self.memory, self.lenders, self.metrics = home, memory, lenders, metrics
+        self.local: tuple[Share, Work] | None = None
+        self.remote: list[tuple[Share, Port, Tensor, Tensor]] = []
+
+    def begin(self, chunks: Sequence[Chunk], plans: Mapping[NodeId, Plan]) -> None:
+        """Announce the plans, and fix the shapes of this step. Raises NodeLost."""
+        shape, store = self.memory.store.shape, self.memory.store
+        total = sum(chunk.stop - chunk.start for chunk in chunks)
+        self.local, self.remote = None, []
+        for node, plan in plans.items():
+            share = _share(node, chunks, plan.parts, total, store.device)
+            if node == self.home:
+                self.local = (share, self.memory.work(plan.parts))
+                continue
+            talk = self.lenders.conversation(node)
+            talk.announce(plan)
+            if share.row_count or share.kept_count:
+                o = torch.empty(share.row_count, shape.heads, shape.head_dim, dtype=store.dtype, device=store.device)
+                lse = torch.empty(share.row_count, shape.heads, dtype=torch.float32, device=store.device)
+                self.remote.append((share, talk.port, o, lse))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, H, D], k, v [T, K, D] after RoPE, contiguous; returns o [T, H, D]. Raises NodeLost."""
+        for share, port, _, _ in self.remote:
+            try:
+                port.send([_pick(q, share.rows), _pick(k, share.kept), _pick(v, share.kept)])
+            except PortClosed as closed:
+                raise NodeLost(closed.message, node=share.node) from closed
+        o, lse = self._here(layer, q, k, v)
+        for share, port, theirs, their_lse in self.remote:
+            if not share.row_count:
+                continue
+            waited = time.perf_counter()
+            try:
+                port.recv([theirs, their_lse])
+            except PortClosed as closed:
+                raise NodeLost(closed.message, node=share.node) from closed
+            self.metrics.observe("port_wait_seconds", time.perf_counter() - waited, peer=share.node)
+            merge = self.memory.store.body.merge
+            if share.rows is None:
+                o, lse = merge(o, lse, theirs, their_lse)
+            else:
+                o[share.rows], lse[share.rows] = merge(o[share.rows], lse[share.rows], theirs, their_lse)
+        return o
+
+    def _here(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        store = self.memory.store
+        if self.local is not None:
+            share, work = self.local
+            if share.kept_count:
+                store.write(layer, _pick(k, share.kept), _pick(v, share.kept), work.slots)
+            if share.rows is None:
+                return store.attend(layer, q, work.table)
+        o = torch.zeros_like(q)
+        lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
+        if self.local is not None and share.row_count:
+            o[share.rows], lse[share.rows] = store.attend(layer, _pick(q, share.rows), work.table)
+        return o, lse
+
+
+def _share(node: NodeId, chunks: Sequence[Chunk], parts: Sequence[Part], total: int, device: torch.device) -> Share:
+    offsets: dict[SeqId, int] = {}
+    at = 0
+    for chunk in chunks:
+        offsets[chunk.seq] = at - chunk.start
+        at += chunk.stop - chunk.start
+    rows = _index([(offsets[p.seq] + p.start, offsets[p.seq] + p.stop) for p in parts])
+    kept = _index([(offsets[p.seq] + p.keep_start, offsets[p.seq] + p.keep_stop) for p in parts])
+    return Share(node, _tensor(rows, total, device), _tensor(kept, total, device), len(rows), len(kept))
+
+
+def _index(ranges: Iterable[tuple[int, int]]) -> list[int]:
+    return [row for start, stop in ranges for row in range(start, stop)]
+
+
+def _tensor(index: list[int], total: int, device: torch.device) -> Tensor | None:
+    return None if index == list(range(total)) else torch.tensor(index, dtype=torch.int64, device=device)
+
+
+def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows.index_select(0, index)
+

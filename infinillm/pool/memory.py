@@ -1,0 +1,65 @@
+"""One node's K/V memory: the books, the tensors they speak of, and the lock that keeps the two one."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from threading import RLock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infinillm.attention.store import Store, build_table
+from infinillm.core.blocks import OWN, Blocks, Holding, slots
+from infinillm.core.types import Grow, NodeId, Part, Refused
+from infinillm.kernels.reference import Table
+
+
+class Work(NamedTuple):
+    """A node's share of one step, as tensors: the same for all layers.
+
+    rows   query rows it answers
+    kept   K/V rows it stores
+    table  which query rows look at which blocks
+    slots  [kept] int64, where the K/V rows go
+    """
+
+    rows: int
+    kept: int
+    table: Table
+    slots: Tensor
+
+
+class Memory:
+    """Books and store of one node. Every use of the books happens under `lock`."""
+
+    def __init__(self, blocks: Blocks, store: Store):
+        self.blocks, self.store, self.lock = blocks, store, RLock()
+
+    def grow(self, grow: Iterable[Grow], owner: NodeId = OWN) -> Refused | None:
+        """Reserve what a plan grows; stops at the first refusal."""
+        with self.lock:
+            for g in grow:
+                if refused := self.blocks.grow(g.seq, g.first, g.blocks, owner):
+                    return refused
+        return None
+
+    def work(self, parts: Sequence[Part], owner: NodeId = OWN) -> Work:
+        """The tensors of one step's parts. Raises KeyError where a part keeps K/V in a block nobody reserved."""
+        asked: list[range] = []
+        held: list[tuple[list[int], list[int]]] = []
+        kept: list[int] = []
+        with self.lock:
+            size = self.blocks.block_size
+            for part in parts:
+                holding = self.blocks.holding(part.seq, owner) or Holding()
+                if part.start < part.stop:
+                    seen = bisect_left(holding.firsts, part.stop)
+                    asked.append(range(part.start, part.stop))
+                    held.append((holding.blocks[:seen], holding.firsts[:seen]))
+                if part.keep_start < part.keep_stop:
+                    kept.extend(slots(holding, range(part.keep_start, part.keep_stop), size))
+        table = build_table(asked, held, self.store.device)
+        where = torch.tensor(kept, dtype=torch.int64, device=self.store.device)
+        return Work(len(table.positions), len(kept), table, where)

@@ -1,0 +1,1 @@
+"""Thin processes: wiring and I/O only."""

@@ -1,0 +1,296 @@
+"""The generation core that every face of the gateway shares: a prompt in, pieces of text out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from infinillm import rpc, wire
+from infinillm.core.request import Sampling
+from infinillm.core.types import TokenLogprob
+from infinillm.errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    InfinillmError,
+    NotFound,
+    Overloaded,
+    TooLong,
+    Unavailable,
+)
+from infinillm.model.tokenizer import Tokenizer
+from infinillm.protos import shard_pb2
+from infinillm.servers.inference_pool import Pool
+from infinillm.servers.inference_text import Transcript
+from infinillm.telemetry import Metrics, log
+
+SILENCE_SECONDS = 300.0  # between two messages of a worker; prompts are computed, and queues waited in, silently
+MOST_TRIES = 3  # workers asked before the first token
+MOST_STOP_STRINGS, MOST_STOP_CHARS = 16, 1000
+QUEUED_PIECES = 64  # of one request, for a client that reads slowly
+SHORT_TEXT = 1024  # characters that are tokenised faster than handed to a thread
+TOKENISING_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One sequence to continue, how to choose its tokens, and how its text is cut."""
+
+    request: str  # id of the response it belongs to
+    index: int  # of the choice
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special: bool
+    cache_salt: str
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise BadRequest("prompt must have at least one token", field="prompt")
+        if len(self.stop) > MOST_STOP_STRINGS:
+            raise BadRequest(f"stop has more than {MOST_STOP_STRINGS} strings", field="stop")
+        if not all(0 < len(stop) <= MOST_STOP_CHARS for stop in self.stop):
+            raise BadRequest(f"each stop string must have 1 to {MOST_STOP_CHARS} characters", field="stop")
+
+    @property
+    def id(self) -> str:
+        return f"{self.request}-{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What came next of one sequence. The last piece, and only that, has a finish reason.
+
+    `tokens` are all tokens produced, those of a stop included; `text` is what the client sees of them.
+    `stop_reason` is the stop string or the id in `stop_token_ids` that ended it.
+    """
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str = ""
+    stop_reason: int | str | None = None
+    cached: int = 0
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one sequence as one."""
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        tokens=tuple(token for piece in pieces for token in piece.tokens),
+        logprobs=tuple(value for piece in pieces for value in piece.logprobs),
+        prompt_logprobs=tuple(value for piece in pieces for value in piece.prompt_logprobs),
+        cached=max(piece.cached for piece in pieces),
+    )
+
+
+class Inference:
+    """Tokenises, routes, streams from the worker, detokenises."""
+
+    def __init__(self, tokenizer: Tokenizer, pool: Pool, model: str, metrics: Metrics):
+        self.tokenizer, self.pool, self.model, self.metrics = tokenizer, pool, model, metrics
+        self._threads = ThreadPoolExecutor(TOKENISING_THREADS, "tokenise")
+        self._longest_token = max(len(tokenizer.token_text(token)) for token in range(tokenizer.vocab_size))
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def check_model(self, name: str | None) -> None:
+        if name and name != self.model:
+            raise NotFound(f"the model {name!r} does not exist; this server has {self.model!r}", field="model")
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+
+    async def encode(self, text: str, special: bool = True) -> list[int]:
+        self._check_characters(len(text), "prompt")
+        if len(text) <= SHORT_TEXT:
+            return self.tokenizer.encode(text, special)
+        return await self._apart(partial(self.tokenizer.encode, text, special))
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        self._check_characters(sum(len(str(message.get("content"))) for message in messages), "messages")
+        return await self._apart(partial(self.tokenizer.chat, messages, **options))
+
+    def check_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Token ids from outside, as a prompt."""
+        size = self.tokenizer.vocab_size
+        if tokens and not (0 <= min(tokens) and max(tokens) < size):
+            raise BadRequest(f"prompt has token ids outside the vocabulary of {size}", field="prompt")
+        return tuple(tokens)
+
+    def _check_characters(self, count: int, field: str) -> None:
+        """Refuse, before any work, a text that no number of tokens within the limit can spell."""
+        limit = self.pool.limit
+        if limit and count > limit * self._longest_token:
+            raise TooLong(f"{count:,} characters are more than {limit:,} tokens can spell", field=field)
+
+    async def _apart(self, work: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def room(self, prompt_tokens: int, wanted: int | None, default: int | None, field: str) -> int:
+        """How many tokens a request may produce: what it asks for, or else `default`, or all there is room for.
+
+        Raises TooLong where the model does not take that many. Whether the pool does, the controller says when it routes.
+        """
+        limit, capacity = self.pool.limit, self.pool.capacity
+        least = 1 if wanted is None else wanted
+        if limit and prompt_tokens + least > limit:
+            asked = f"{prompt_tokens:,} in the prompt and {least:,} to produce"
+            raise TooLong(f"this model takes {limit:,} tokens; the request has {asked}", field=field)
+        if wanted is not None:
+            return wanted
+        left = max(capacity - prompt_tokens, 1)
+        return left if default is None else min(default, left)
+
+    # --- generation ----------------------------------------------------------------------------------------------
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
+        """The pieces of one sequence; closing the iterator cancels the request at the worker."""
+        transcript = Transcript(
+            self.tokenizer,
+            ask.stop,
+            include_stop=ask.include_stop,
+            skip_special=ask.skip_special,
+            min_tokens=ask.sampling.min_tokens,
+        )
+        began = heard = time.monotonic()
+        async with aclosing(self._messages(ask)) as messages:
+            async for message in messages:
+                piece = _piece(ask, message, transcript)
+                if piece.tokens:
+                    now, count = time.monotonic(), len(piece.tokens)
+                    if transcript.tokens == count:
+                        self.metrics.observe("time_to_first_token_seconds", now - began)
+                    else:
+                        self.metrics.observe("inter_token_latency_seconds", (now - heard) / count)
+                    heard = now
+                if piece.finish_reason:
+                    self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - began)
+                yield piece
+                if piece.finish_reason:
+                    return
+
+    async def _messages(self, ask: Ask) -> AsyncIterator[shard_pb2.ShardGenerateResponse]:
+        """What the worker says. One that is lost before it said anything is replaced by another."""
+        request = shard_pb2.ShardGenerateRequest(
+            id=ask.id,
+            prompt=ask.prompt,
+            sampling=wire.sampling_to_wire(ask.sampling),
+            eos_ids=self.tokenizer.eos_ids,
+            cache_salt=ask.cache_salt,
+        )
+        longest = len(ask.prompt) + ask.sampling.max_tokens
+        tried: list[str] = []
+        failure: InfinillmError | None = None
+        while True:
+            try:
+                place = await self.pool.route(len(ask.prompt), longest, tried)
+            except InfinillmError as error:
+                raise failure or error from None
+            self.pool.note(ask.request, ask.index, place)
+            heard = False
+            try:
+                async with aclosing(_heard(self.pool.shard(place.address).Generate(request), place.node)) as stream:
+                    async for message in stream:
+                        heard = True
+                        yield message
+                        if message.finish_reason:
+                            return
+                raise Unavailable(f"worker {place.node} ended the stream without a reason")
+            except (Unavailable, Overloaded) as error:
+                if heard or len(tried) + 1 >= MOST_TRIES:
+                    raise
+                failure = error
+                tried.append(place.node)
+                log("request_rerouted", request=ask.id, node=place.node, reason=error.message)
+
+
+async def _heard(stream: rpc.Stream, node: str) -> AsyncIterator[Any]:
+    """The messages of a stream; silence for too long is an error, and leaving cancels it."""
+    loop = asyncio.get_running_loop()
+    alarm = loop.call_later(SILENCE_SECONDS, stream.cancel)
+    try:
+        async for message in stream:
+            alarm.cancel()
+            yield message
+            alarm = loop.call_later(SILENCE_SECONDS, stream.cancel)
+    except Cancelled:
+        if loop.time() >= alarm.when():
+            raise DeadlineExceeded(f"worker {node} said nothing for {SILENCE_SECONDS:g} seconds") from None
+        raise
+    finally:
+        alarm.cancel()
+        stream.cancel()
+
+
+def _piece(ask: Ask, message: shard_pb2.ShardGenerateResponse, transcript: Transcript) -> Piece:
+    """One message of the worker, as the client sees it."""
+    reason, text, stop, count = message.finish_reason, "", None, 0
+    for count, token in enumerate(message.tokens, 1):
+        ends = reason == "stop" and count == len(message.tokens)
+        more, stop = (transcript.stop if ends else transcript.push)(token)
+        text += more
+        if stop is not None:
+            break
+    if reason and stop is None:
+        more, stop = transcript.end()
+        text += more
+    stop_reason: int | str | None = stop
+    if stop is None and reason == "stop" and message.stop_token in ask.sampling.stop_token_ids:
+        stop_reason = message.stop_token
+    return Piece(
+        text,
+        tuple(message.tokens[:count]),
+        tuple(wire.token_logprob_from_wire(value) for value in message.logprobs[:count]),
+        tuple(wire.token_logprob_from_wire(value) for value in message.prompt_logprobs),
+        "stop" if stop is not None else reason,
+        stop_reason,
+        message.cached_tokens,
+    )
+
+
+class Answers:
+    """The pieces of several sequences, as they come; `close` cancels what still runs.
+
+    Each sequence has a task of its own that waits while the reader is behind, so a slow client holds up nobody else.
+    """
+
+    def __init__(self, inference: Inference, asks: Sequence[Ask]):
+        self._queue: asyncio.Queue[tuple[int, Piece | None, Exception | None]] = asyncio.Queue(QUEUED_PIECES)
+        self._tasks = [asyncio.create_task(self._pump(inference, ask)) for ask in asks]
+        self._left = len(self._tasks)
+
+    async def _pump(self, inference: Inference, ask: Ask) -> None:
+        try:
+            async with aclosing(inference.generate(ask)) as pieces:
+                async for piece in pieces:
+                    await self._queue.put((ask.index, piece, None))
+        except Exception as error:
+            await self._queue.put((ask.index, None, error))
+        else:
+            await self._queue.put((ask.index, None, None))
+
+    async def next(self) -> tuple[int, Piece] | None:
+        """The next piece and the index of its sequence; None at the end. Raises what a sequence failed with."""
+        while self._left:
+            index, piece, error = await self._queue.get()
+            if error is not None:
+                raise error
+            if piece is not None:
+                return index, piece
+            self._left -= 1
+        return None
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,175 @@
+"""The pool as a gateway sees it: where to send a request, how long one may be, and which worker serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from infinillm import rpc, wire
+from infinillm.core import policy
+from infinillm.core.types import Ledger, NodeId, Refused
+from infinillm.errors import BadRequest, DeadlineExceeded, InfinillmError, NotFound, Unavailable
+from infinillm.protos import controller_pb2, shard_pb2
+from infinillm.telemetry import log
+
+CONTROLLER = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"]
+SHARD = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
+ANSWER_SECONDS = 2.0  # the controller and placements answer from memory
+REFRESH_SECONDS = 1.0
+KEPT_REQUESTS = 4096
+LOST = (Unavailable, DeadlineExceeded)
+
+
+class Place(NamedTuple):
+    """A worker that serves requests."""
+
+    node: NodeId
+    address: str
+
+
+class Pool:
+    """What a gateway knows of the controller and the workers.
+
+    Theory of operation. The controller decides where a request goes. A snapshot of the ledger is taken every second: it
+    says how long a request may be, and whether the pool is ready. While the controller is away, running requests go on,
+    and new ones are routed by the same policy, over the last snapshot.
+    """
+
+    def __init__(self, controller: str, longest: int):
+        if not controller:
+            raise BadRequest("--controller must name the controller as HOST:PORT", field="controller")
+        self._channel = rpc.channel(controller)
+        self._controller = rpc.Client(self._channel, CONTROLLER)
+        self._longest = longest
+        self._shards: dict[str, tuple[object, rpc.Client]] = {}
+        self._places: dict[str, dict[int, Place]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self.last: controller_pb2.SnapshotResponse | None = None
+        self.reachable = False
+
+    async def start(self) -> None:
+        self._watch = asyncio.create_task(self._refresh_always())
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        for channel, _ in self._shards.values():
+            await channel.close()  # type: ignore[attr-defined]
+        await self._channel.close()
+
+    # --- what is there -------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> controller_pb2.SnapshotResponse:
+        """A snapshot of now. Raises Unavailable or DeadlineExceeded where the controller does not answer."""
+        try:
+            self.last = await self._controller.Snapshot(controller_pb2.SnapshotRequest(), timeout=ANSWER_SECONDS)
+        except LOST as error:
+            if self.reachable:
+                log("controller_lost", reason=error.message)
+            self.reachable = False
+            raise
+        if not self.reachable:
+            log("controller_found", epoch=self.last.epoch)
+        self.reachable = True
+        return self.last
+
+    async def _refresh_always(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except InfinillmError:
+                pass
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    def check_ready(self) -> None:
+        """Raises Unavailable, saying why, where no request could be served."""
+        if not self.reachable or self.last is None:
+            raise Unavailable("the controller does not answer")
+        if not any(node.serves and not node.draining for node in self.last.nodes):
+            raise Unavailable("no worker is serving")
+
+    @property
+    def limit(self) -> int:
+        """The longest request the model takes, prompt and output, in tokens; 0 where nobody knows yet."""
+        known = [n for n in (self._longest, self.last.model.max_position if self.last else 0) if n]
+        return min(known, default=0)
+
+    @property
+    def capacity(self) -> int:
+        """The longest request the nodes of now could hold, and the model takes, in tokens."""
+        held = self.last.max_tokens if self.last else 0
+        return min(self.limit, held) if self.limit else held
+
+    # --- where to go ---------------------------------------------------------------------------------------------
+
+    async def route(self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId]) -> Place:
+        """The worker for a request. Raises TooLong, Overloaded or Unavailable with the reason."""
+        request = controller_pb2.RouteRequest(
+            prompt_tokens=prompt_tokens, longest_tokens=longest_tokens, exclude=exclude
+        )
+        try:
+            found = await self._controller.Route(request, timeout=ANSWER_SECONDS)
+        except LOST as error:
+            try:  # away, or there with nobody to serve?
+                await self.refresh()
+            except LOST:
+                return self._route_alone(prompt_tokens, longest_tokens, exclude, error)
+            raise
+        return Place(found.node, found.address)
+
+    def _route_alone(
+        self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId], lost: InfinillmError
+    ) -> Place:
+        if self.last is None:
+            raise lost
+        now, size = time.monotonic(), self.last.model.shape.block_size
+        ledger = Ledger(
+            epoch=self.last.epoch,
+            nodes={node.id: wire.node_from_wire(node) for node in self.last.nodes},
+            loans={loan.id: wire.loan_from_wire(loan, now) for loan in self.last.loans},
+        )
+        chosen = policy.named(self.last.policy).route(ledger, prompt_tokens, longest_tokens, size, tuple(exclude))
+        if isinstance(chosen, Refused):
+            raise Unavailable(f"the controller does not answer, and by what it last said: {chosen.reason}")
+        self._count_on(chosen)
+        log("routed_alone", node=chosen, epoch=ledger.epoch)
+        return Place(chosen, ledger.nodes[chosen].address)
+
+    def _count_on(self, chosen: NodeId) -> None:
+        """Remember in the old snapshot what was sent where, so that requests spread."""
+        for node in self.last.nodes if self.last else ():
+            if node.id == chosen:
+                node.waiting += 1
+
+    # --- workers -------------------------------------------------------------------------------------------------
+
+    def shard(self, address: str) -> rpc.Client:
+        """The client of one worker; channels are kept."""
+        if address not in self._shards:
+            channel = rpc.channel(address)
+            self._shards[address] = (channel, rpc.Client(channel, SHARD))
+        return self._shards[address][1]
+
+    def note(self, request: str, index: int, place: Place) -> None:
+        """Remember who serves a sequence, so that its placement can be asked for."""
+        self._places.setdefault(request, {})[index] = place
+        while len(self._places) > KEPT_REQUESTS:
+            del self._places[next(iter(self._places))]
+
+    async def placement(self, request: str) -> list[tuple[Place, shard_pb2.PlacementResponse]]:
+        """Where each sequence of a request is, or was when it ended. Raises NotFound."""
+        if request not in self._places:
+            raise NotFound(f"no request {request!r} was served here lately", field="id")
+        places = sorted(self._places[request].items())
+        answers = await asyncio.gather(
+            *(
+                self.shard(place.address).Placement(
+                    shard_pb2.PlacementRequest(id=f"{request}-{index}"), timeout=ANSWER_SECONDS
+                )
+                for index, place in places
+            )
+        )
+        return [(place, answer) for (_, place), answer in zip(places, answers, strict=True)]

@@ -1,0 +1,340 @@
+"""A worker: a node (K/V blocks) and, unless it is a memory worker, a shard (weights and an engine) in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infinillm import config, rpc, wire
+from infinillm.attention.store import Store
+from infinillm.core.blocks import Blocks
+from infinillm.core.request import Request
+from infinillm.core.scheduler import Budget
+from infinillm.core.types import Layout, Loan, Node, Refused, SeqId
+from infinillm.engine.loop import Borrowed, Cancel, Engine, Output, Submit
+from infinillm.engine.runner import Runner
+from infinillm.errors import BadRequest, Cancelled, InfinillmError, NotFound, Overloaded, Unavailable
+from infinillm.kernels import bodies
+from infinillm.model import files, sampler, weights
+from infinillm.model.decoder import Decoder
+from infinillm.model.spec import dtype_of, spec_of
+from infinillm.pool.answer import POOL, PoolService
+from infinillm.pool.ask import Lenders
+from infinillm.pool.memory import Memory
+from infinillm.protos import shard_pb2 as pb
+from infinillm.servers.membership import Membership, Report
+from infinillm.telemetry import Metrics, log
+from infinillm.transport.lanes import Lanes
+
+SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
+TICK_SECONDS = 0.5
+IDLE_LOAN_SECONDS = 2.0
+DRAIN_SECONDS = 20.0
+
+
+class ShardService:
+    """Tokens in, tokens out: the gRPC face of an engine."""
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, vocabulary: int, block_size: int):
+        self.engine, self.loop, self.vocabulary, self.block_size = engine, loop, vocabulary, block_size
+        self.streams: dict[SeqId, asyncio.Queue[Output]] = {}
+        self.draining = False
+
+    def publish(self, outputs: list[Output]) -> None:
+        """From the engine's thread: once per step, for all requests."""
+        if outputs and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if (stream := self.streams.get(output.id)) is not None:
+                stream.put_nowait(output)
+
+    async def Generate(self, request: pb.ShardGenerateRequest, call: Any) -> AsyncIterator[pb.ShardGenerateResponse]:
+        if self.draining:
+            raise Unavailable("the worker is draining")
+        if not self.engine.alive:
+            raise Unavailable("the engine is not running")
+        if not request.id or request.id in self.streams:
+            raise BadRequest(f"id {request.id!r} is empty or in use", field="id")
+        prompt = tuple(request.prompt)
+        if prompt and max(prompt) >= self.vocabulary:
+            raise BadRequest(f"token {max(prompt)} is beyond the vocabulary of {self.vocabulary}", field="prompt")
+        sampling = wire.sampling_from_wire(request.sampling)
+        sampler.check(sampling, self.vocabulary)
+        wanted = Request(
+            request.id,
+            prompt,
+            sampling,
+            time.monotonic(),
+            tuple(request.eos_ids),
+            request.cache_salt,
+            secrets.randbits(63) if sampling.seed is None else sampling.seed,
+        )
+        stream: asyncio.Queue[Output] = asyncio.Queue()
+        self.streams[request.id] = stream
+        self.engine.inbox.put(Submit(wanted))
+        over = False
+        try:
+            while not over:
+                output = await stream.get()
+                over = bool(output.finish_reason) or output.error is not None
+                if output.error is not None:
+                    raise output.error
+                yield _response(output)
+        finally:
+            del self.streams[request.id]
+            if not over:
+                self.engine.inbox.put(Cancel(request.id))
+
+    async def Placement(self, request: pb.PlacementRequest, call: Any) -> pb.PlacementResponse:
+        found = self.engine.placement(request.id)
+        if found is None:
+            raise NotFound(f"no request {request.id!r} runs here or ended here lately", field="id")
+        state, tokens, layout = found
+        return pb.PlacementResponse(
+            id=request.id,
+            state=state,
+            tokens=tokens,
+            block_size=self.block_size,
+            spans=[wire.span_to_wire(span) for span in layout],
+        )
+
+
+def _response(output: Output) -> pb.ShardGenerateResponse:
+    return pb.ShardGenerateResponse(
+        tokens=output.tokens,
+        logprobs=[wire.token_logprob_to_wire(x) for x in output.logprobs],
+        prompt_logprobs=[wire.token_logprob_to_wire(x) for x in output.prompt_logprobs],
+        finish_reason=output.finish_reason,
+        cached_tokens=output.cached,
+        stop_token=output.stop_token,
+    )
+
+
+class Worker:
+    """Everything one worker process owns, from `start` to `stop`."""
+
+    def __init__(self, settings: config.Worker):
+        self.settings = settings
+        self.incarnation = secrets.token_hex(8)
+        self.address = ""
+        self.draining = False
+
+    async def start(self) -> None:
+        settings = self.settings
+        self.loop = asyncio.get_running_loop()
+        cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "infinillm"
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+        )
+        if device.type == "cpu":
+            torch.set_num_threads(settings.threads)
+        body = bodies.body(device, cache)
+        path = await asyncio.to_thread(files.resolve, settings.model or None, cache, _say)
+        spec = spec_of(weights.read_config(path), settings.max_model_len or None)
+        dtype = dtype_of(spec, settings.dtype)
+        shape = spec.attention(settings.block_size, dtype)
+        name = files.served_name(settings.model or None)
+        count = settings.kv_blocks or int(settings.kv_memory_gib * 2**30) // shape.block_bytes
+        if count < 1:
+            raise BadRequest(f"kv_memory_gib {settings.kv_memory_gib} holds no block", field="kv_memory_gib")
+        self.id = settings.id or f"{platform.node()}-{self.incarnation[:6]}"
+        lendable = count if settings.memory_only else int(count * settings.lend_fraction)
+        self.memory = Memory(
+            Blocks(self.id, count, settings.block_size, lendable), Store(shape, count, device, body)
+        )
+        self.metrics = Metrics("worker", node=self.id)
+        self.lanes = Lanes(
+            host=settings.host, patience=settings.patience_seconds, device=device, dial=rpc.blocking_channel
+        )
+        kind = "" if settings.port_kind == "auto" else settings.port_kind
+        self.lenders = Lenders(
+            self.id,
+            self.incarnation,
+            self.memory,
+            lanes=self.lanes,
+            port_kind=kind,
+            metrics=self.metrics,
+        )
+        self.pool = PoolService(
+            self.memory,
+            describe=self.node,
+            model=name,
+            lanes=self.lanes,
+            port_kind=kind,
+            patience=settings.patience_seconds,
+            loan_seconds=settings.loan_seconds,
+            clock=time.monotonic,
+            metrics=self.metrics,
+        )
+        self.engine: Engine | None = None
+        self.shard: ShardService | None = None
+        services: list[tuple[Any, object]] = [(POOL, self.pool)]
+        if not settings.memory_only:
+            decoder = await asyncio.to_thread(_load, path, dtype, device, body, settings.max_model_len or None)
+            self.engine = Engine(
+                self.id,
+                Runner(decoder),
+                self.memory,
+                self.lenders,
+                Budget(settings.max_num_batched_tokens, settings.max_num_seqs, settings.block_size),
+                publish=lambda outputs: self.shard.publish(outputs) if self.shard else None,
+                borrow=self._borrow,
+                metrics=self.metrics,
+            )
+            self.shard = ShardService(self.engine, self.loop, spec.vocab, settings.block_size)
+            services.append((SHARD, self.shard))
+        self.server = rpc.Server(settings.host, settings.port, services, extra_handlers=[self.lanes.service()])
+        port = await self.server.start()
+        self.address = self.lanes.address = settings.advertise or f"{settings.host}:{port}"
+        self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
+        self.membership = Membership(
+            settings.controller, self.report, model_name=name, shape=shape, max_position=spec.context
+        )
+        self.tasks = [asyncio.create_task(self._tick())]
+        if settings.controller:
+            self.tasks.append(asyncio.create_task(self.membership.run()))
+        if self.engine is not None:
+            self.engine.start()
+        self.server.set_ready(True)
+
+    async def stop(self) -> None:
+        """Drain: take nothing new, let running requests end, give everything back."""
+        self.draining = self.pool.draining = True
+        self.server.set_ready(False)
+        if self.shard is not None and self.engine is not None:
+            self.shard.draining = True
+            deadline = time.monotonic() + DRAIN_SECONDS
+            while self.shard.streams and self.engine.alive and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(self.engine.stop)
+        if self.settings.controller:
+            await self.membership.leave()
+        await self.lenders.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.pool.close()
+        await self.server.stop(grace=1.0)
+        self.metrics.close()
+
+    # --- what the ledger hears -----------------------------------------------------------------------------------
+
+    def node(self) -> Node:
+        blocks = self.memory.blocks
+        load = self.engine.load if self.engine is not None else None
+        with self.memory.lock:
+            return Node(
+                id=self.id,
+                incarnation=self.incarnation,
+                address=self.address,
+                blocks=blocks.count,
+                lendable=blocks.lendable,
+                used=blocks.used,
+                cached=blocks.cached,
+                lent=blocks.lent,
+                borrowed=self.lenders.borrowed,
+                serves=self.engine is not None,
+                draining=self.draining,
+                running=load.running if load else 0,
+                waiting=load.waiting if load else 0,
+                wanted=load.wanted if load else 0,
+            )
+
+    def report(self) -> Report:
+        layouts: Mapping[SeqId, Layout] = self.engine.load.layouts if self.engine is not None else {}
+        with self.memory.lock:
+            lent: tuple[Loan, ...] = tuple(self.memory.blocks.loans.values())
+        return Report(self.node(), lent, layouts)
+
+    # --- borrowing -----------------------------------------------------------------------------------------------
+
+    def _borrow(self, least: int, wanted: int, longest: int) -> None:
+        """From the engine's thread: ask in the event loop, answer into the engine's inbox."""
+        asyncio.run_coroutine_threadsafe(self._ask(least, wanted, longest), self.loop)
+
+    async def _ask(self, least: int, wanted: int, longest: int) -> None:
+        assert self.engine is not None
+        answer: int | Refused = Refused("no controller was named, so there is nobody to borrow from")
+        final = not self.settings.controller
+        try:
+            if self.settings.controller:
+                candidates = await self.membership.creditors(wanted)
+                if isinstance(candidates, Refused):
+                    answer = candidates
+                else:
+                    answer = await self.lenders.borrow(least, wanted, candidates)
+                if isinstance(answer, Refused) and longest:
+                    final = longest > await self.membership.capacity()
+        except InfinillmError as error:
+            answer = Refused(error.message)
+        if isinstance(answer, Refused):
+            log("borrow_refused", blocks=least, reason=answer.reason)
+        self.engine.inbox.put(Borrowed(answer, final))
+
+    # --- time ----------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.pool.expire()
+            self.lenders.renew()
+            await self.lenders.give_back_idle(IDLE_LOAN_SECONDS)
+            self._measure()
+            if self.engine is not None and not self.engine.alive:
+                raise SystemExit(1)
+
+    def _measure(self) -> None:
+        node, m = self.node(), self.metrics
+        self.lenders.measure()
+        m.set("kv_blocks_capacity", node.blocks)
+        for state, blocks in (
+            ("used", node.used),
+            ("cached", node.cached),
+            ("lent", node.lent),
+            ("borrowed", node.borrowed),
+            ("free", node.free - node.cached),
+        ):
+            m.set("kv_blocks", blocks, state=state)
+        m.set("loans", len(self.memory.blocks.loans), side="lender")
+        m.set("loans", len(self.lenders.room()), side="borrower")
+        m.set("requests_running", node.running)
+        m.set("requests_waiting", node.waiting)
+
+
+def _load(path: Path, dtype: str, device: torch.device, body: Any, longest: int | None) -> Decoder:
+    spec, tensors = weights.load(path, dtype, device, _say, longest)
+    return Decoder(spec, tensors, device, getattr(torch, dtype), body)
+
+
+def _say(what: str, share: float) -> None:
+    if share in (0.0, 1.0):
+        log("loading", what=what, done=share)
+
+
+async def run(settings: config.Worker) -> None:
+    """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly."""
+    worker = Worker(settings)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    await worker.start()
+    metrics = f"{settings.host}:{worker.metrics_port}" if worker.metrics_port >= 0 else ""
+    print(json.dumps({"ready": "worker", "id": worker.id, "address": worker.address, "metrics": metrics}), flush=True)
+    waits = [asyncio.create_task(ended.wait()), worker.tasks[0]]
+    done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    await worker.stop()
+    for task in done:
+        if (failure := task.exception() if not task.cancelled() else None) is not None:
+            raise failure
