@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TextIO
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -130,7 +130,7 @@ TABLE: dict[str, Metric] = {
         _metric(
             "preemptions_total", COUNTER, "worker", "Requests sent back to the queue for lack of blocks", node=NODE
         ),
-        _metric("prompt_tokens_total", COUNTER, "worker", "Prompt tokens computed", node=NODE),
+        _metric("prompt_tokens_total", COUNTER, "worker", "Prompt tokens received", node=NODE),
         _metric("generation_tokens_total", COUNTER, "worker", "Tokens generated", node=NODE),
         _metric("prompt_tokens_cached_total", COUNTER, "worker", "Prompt tokens found in the prefix cache", node=NODE),
         _metric(
@@ -256,7 +256,42 @@ class Metrics:
 
 
 # Every event we log, with its level and what it says. Fields are the facts; there is no prose beside them.
-EVENTS: dict[str, tuple[str, str]] = {}
+EVENTS: dict[str, tuple[str, str]] = {
+    # Membership, told by the controller and by the nodes.
+    "joined": ("info", "a node became a member"),
+    "left": ("warning", "a node is no member any more, and why"),
+    "member": ("info", "this node was accepted by the controller"),
+    "superseded": ("warning", "another process took this node's name"),
+    "leave_failed": ("info", "the controller could not be told goodbye; it will notice"),
+    "controller_lost": ("warning", "the controller does not answer; running requests go on"),
+    "controller_found": ("info", "the controller answers again"),
+    "law_broken": ("error", "the ledger's books do not balance"),
+    # Loans, told by the lender, the borrower and the controller.
+    "creditors_named": ("info", "who could lend to a node that is short, best first"),
+    "creditors_refused": ("info", "nobody can lend, and why"),
+    "lent": ("info", "blocks were reserved for a borrower"),
+    "refused": ("info", "a node would not lend, and why"),
+    "borrowed": ("info", "a lender reserved blocks for us"),
+    "borrow_refused": ("info", "nobody lent us what a request needs, and why"),
+    "gave_back": ("info", "idle borrowed blocks went home"),
+    "returned": ("info", "a loan ended"),
+    "return_failed": ("warning", "a lender could not be told that its loan ended; it lapses by itself"),
+    "expired": ("warning", "a borrower did not renew its loan; its blocks are free"),
+    "port_opened": ("info", "a lane for tensors to a lender is open"),
+    "conversation_refused": ("warning", "a lender ended the conversation, and why"),
+    "conversation_lost": ("warning", "a lender is gone in mid-conversation"),
+    "conversation_ended": ("info", "a borrower is gone, or we sent it away, and why"),
+    "node_lost": ("warning", "a lender is gone with the K/V it held; that is computed again"),
+    # Requests.
+    "preempted": ("info", "a request gave its blocks back and waits again"),
+    "request_refused": ("info", "a request was answered with an error of the caller's"),
+    "route_refused": ("info", "no node could be named for a request, and why"),
+    "request_rerouted": ("warning", "a worker died before its first token; another one serves the request"),
+    "routed_alone": ("warning", "a request was routed by the last known ledger"),
+    "stream_failed": ("warning", "an answer broke off after it had begun"),
+    "rpc_failed": ("error", "a method of ours raised what it should not"),
+    "loading": ("info", "a slow piece of the start begins or is done"),
+}
 
 _logger = logging.getLogger("infinillm")
 
@@ -285,9 +320,9 @@ class _Lines(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-def start_log(process: str, level: str) -> None:
-    """Send events of this level and above to stderr, and what libraries have to complain about."""
-    lines = logging.StreamHandler(sys.stderr)
+def start_log(process: str, level: str, to: TextIO | None = None) -> None:
+    """Write events of this level and above to stderr (or `to`), and what libraries have to complain about."""
+    lines = logging.StreamHandler(to or sys.stderr)
     lines.setFormatter(_Lines(process))
     logging.basicConfig(level=logging.WARNING, handlers=[lines], force=True)
     _logger.setLevel(level.upper())

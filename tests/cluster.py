@@ -116,7 +116,9 @@ class Cluster:
             self.wait(peer.start())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for peer in self.peers.values():
             self.wait(peer.stop())
         self.loop.call_soon_threadsafe(self.loop.stop)

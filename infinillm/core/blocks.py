@@ -1,10 +1,11 @@
 """The books of one node's memory: which block is whose, what is cached, what is lent.
 
-Theory of operation. Every block is in exactly one place: *free*, *idle* (nobody refers to it, but it is a full block kept
-for its prefix, and is room like a free one), or *held* by one or more sequences. A sequence holds blocks in a holding, keyed
-by its owner: the node itself (owner ""), or a borrower. A loan is a number of blocks promised to one borrower, not
-particular blocks: what is promised and not yet held is subtracted from the node's own room, so a borrower that reserved
-never finds the memory gone. One borrower has at most one loan here; lending again makes it larger.
+Theory of operation. Every block is in exactly one place: *free*, *idle* (nobody refers to it, but it is a full block
+kept for its prefix, and is room like a free one), or *held* by one or more sequences. A sequence holds blocks in a
+holding, keyed by its owner: the node itself (owner ""), or a borrower. A loan is a number of blocks promised to one
+borrower, not particular blocks: what is promised and not yet held is subtracted from the node's own room, so a
+borrower that reserved never finds the memory gone. One borrower has at most one loan here; lending again makes it
+larger.
 
 Law: free + idle + held == count, and held by the node itself + lent <= count. `check` says whether it holds.
 """
@@ -12,6 +13,7 @@ Law: free + idle + held == count, and held by the node itself + lent <= count. `
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,10 +27,10 @@ OWN = ""
 def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:
     """A name for every full block of a prompt: it depends on the salt and on all tokens up to the block's end."""
     names: list[bytes] = []
+    packed, size = array("I", tokens).tobytes(), 4 * block_size
     name = hashlib.sha256(salt.encode()).digest()
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        packed = b"".join(t.to_bytes(4, "little") for t in tokens[start : start + block_size])
-        name = hashlib.sha256(name + packed).digest()
+    for start in range(0, len(packed) - size + 1, size):
+        name = hashlib.sha256(name + packed[start : start + size]).digest()
         names.append(name)
     return names
 

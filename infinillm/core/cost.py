@@ -96,8 +96,12 @@ class Cost:
         return self.shape.layers * layer + self.pass_over(self.dense.head_parameters, rows)
 
     def spreading_pays_from(self, rows: int) -> float:
-        """Tokens of context above which handing a share to one equal node makes a layer quicker."""
-        return (self.exchange(rows) + self.device.merge_seconds) / self.seconds_per_token
+        """Tokens of context above which handing the best share to one equal node makes a layer quicker.
+
+        Of n tokens the best split reads (n + exchange) / 2 here, in units of reading a token; it wins where that and
+        a merge take less than reading n.
+        """
+        return (self.exchange(rows) + 2 * self.device.merge_seconds) / self.seconds_per_token
 
     def best_local(self, tokens: float, rows: int) -> float:
         """Of `tokens`, how many to keep here so that one equal node is done at the same moment; all, where none can."""

@@ -79,5 +79,6 @@ def plan(step: Step, layouts: Mapping[SeqId, Layout]) -> dict[NodeId, Plan]:
         for node, mine in parts(chunk, layouts[chunk.seq]).items():
             work.setdefault(node, []).extend(mine)
     return {
-        node: Plan(step.id, tuple(grow.get(node, ())), tuple(work.get(node, ()))) for node in dict.fromkeys([*grow, *work])
+        node: Plan(step.id, tuple(grow.get(node, ())), tuple(work.get(node, ())))
+        for node in dict.fromkeys([*grow, *work])
     }

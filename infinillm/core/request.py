@@ -114,6 +114,8 @@ def add(done: tuple[Interval, ...], start: int, stop: int) -> tuple[Interval, ..
 
 def remove(done: tuple[Interval, ...], start: int, stop: int) -> tuple[Interval, ...]:
     """`done` without [start, stop): a span that was lost is a hole, and a hole is pending work."""
+    if start >= stop:
+        return done
     kept: list[Interval] = []
     for a, b in done:
         if a < min(b, start):

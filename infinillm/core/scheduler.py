@@ -1,14 +1,16 @@
 """Which tokens the next pass computes, and where their K/V will go: `schedule(...) -> Step`, a pure function.
 
 Running sequences come first, oldest first, then waiting ones as long as tokens, seats and blocks last. A sequence is
-admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve each
-other. One that was preempted comes back only when everything it may still need fits, so that it cannot be thrown out for
-ever. Blocks are taken at home first, then on the nodes that already hold a part of the sequence, then where most is left.
+admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve
+each other. One that was preempted comes back only when everything it may still need fits, so that it cannot be thrown
+out for ever. Blocks are taken at home first, then on the nodes that already hold a part of the sequence, then where
+most is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from infinillm.core.layout import reserved, uncovered
@@ -27,7 +29,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What the prefix cache has for a waiting sequence: tokens, and how many of their blocks are idle (they cost room)."""
+    """What the prefix cache has for a sequence: tokens, and how many of their blocks are idle (they cost room)."""
 
     tokens: int = 0
     idle: int = 0
@@ -43,7 +45,7 @@ def need(sequence: Sequence, block_size: int, match: Match = NO_MATCH) -> int:
 
 
 def schedule(
-    id: int,
+    step: int,
     running: Seq[Sequence],
     waiting: Seq[Sequence],
     room: Mapping[NodeId, int],
@@ -68,7 +70,7 @@ def schedule(
     short = 0
 
     def take(sequence: SeqId, layout: Layout, start: int, stop: int) -> int:
-        """Reserve blocks for [start, stop), as far as there is room; returns the position up to which it has a place."""
+        """Reserve blocks for [start, stop) as far as there is room; returns the position up to which it has a place."""
         for a, b in uncovered(layout, start, stop):
             first = a - a % size
             wanted = -(-(b - first) // size)
@@ -127,7 +129,7 @@ def schedule(
             admit.append(sequence.id)
             tokens -= stop - match.tokens
             seats -= 1
-    return Step(id, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), short)
+    return Step(step, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), short)
 
 
 def _preference(home: NodeId, layout: Layout, left: Mapping[NodeId, int]) -> list[NodeId]:

@@ -49,7 +49,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a cluster serves; nodes share a pool only where it is the same. `max_position` in tokens, 0: no limit known."""
+    """What a cluster serves; nodes pool only where it is the same. `max_position` in tokens, 0: no limit known."""
 
     name: str
     shape: AttentionShape
@@ -175,7 +175,7 @@ class Refused:
 class Ledger:
     """The sum of the events so far: who owns, lends and borrows, and where sequences live.
 
-    `layouts` is keyed by home (the node whose shard runs the sequence, and which alone speaks for it), then by sequence.
+    `layouts` is keyed by home (the node whose shard runs the sequence and alone speaks for it), then by sequence.
     """
 
     epoch: int = 0

@@ -1,10 +1,11 @@
 """The step loop of one shard, in a thread of its own: take, schedule, commit, announce, run, publish.
 
-Theory of operation. Everything that comes from outside (a request, a cancellation, the answer to a wish to borrow) is a
-message in the inbox, taken between two steps; so sequences change in one thread only. `schedule` decides, `commit` is the
-only place where a decision changes sequences and books, `run` computes, `publish` tells. When a remote node is lost in the
-middle of a pass, nothing of that pass counts: the spans it held become holes, and the next step computes what is missing.
-Where blocks are short the loop asks the process to borrow and goes on with what it can; it preempts only when refused.
+Theory of operation. Everything that comes from outside (a request, a cancellation, the answer to a wish to borrow) is
+a message in the inbox, taken between two steps; so sequences change in one thread only. `schedule` decides, `commit`
+is the only place where a decision changes sequences and books, `run` computes, `publish` tells. When a remote node is
+lost in the middle of a pass, nothing of that pass counts: the spans it held become holes, and the next step computes
+what is missing. Where blocks are short the loop asks the process to borrow and goes on with what it can; it preempts
+only when refused.
 """
 
 from __future__ import annotations
@@ -179,31 +180,29 @@ class Engine:
             matches = {sequence.id: self._match(sequence) for sequence in waiting}
             room = {self.node: self.memory.blocks.room, **self.lenders.room()}
             patient = not self._denied
-            return schedule(
-                self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient
-            )
+            return schedule(self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient)
 
     def commit(self, step: Step) -> None:
         """The only place where a decision changes sequences and books."""
         size = self.budget.block_size
-        for id in step.preempt:
-            sequence = self.sequences[id]
-            self._release(id)
+        for seq in step.preempt:
+            sequence = self.sequences[seq]
+            self._release(seq)
             sequence.forget()
             self.running.remove(sequence)
             self.waiting.insert(0, sequence)
             self.metrics.add("preemptions_total")
-            log("preempted", request=id, tokens=sequence.length)
+            log("preempted", request=seq, tokens=sequence.length)
         with self.memory.lock:
-            for id in step.admit:
-                sequence = self.sequences[id]
-                start = next(chunk.start for chunk in step.chunks if chunk.seq == id)
+            for seq in step.admit:
+                sequence = self.sequences[seq]
+                start = next(chunk.start for chunk in step.chunks if chunk.seq == seq)
                 self.waiting.remove(sequence)
                 self.running.append(sequence)
                 sequence.pass_through("admit")
                 sequence.cached = start
                 if start:
-                    self.memory.blocks.share(id, self.names[id][: start // size])
+                    self.memory.blocks.share(seq, self.names[seq][: start // size])
                     sequence.done = ((0, start),)
                     sequence.layout = (Span(self.node, 0, start),)
                     self.metrics.add("prompt_tokens_cached_total", start)
@@ -213,9 +212,9 @@ class Engine:
                     assert refused is None, refused
                 else:
                     self.lenders.grow(grow)
-        for id in {grow.seq for grow in step.grow}:
-            sequence = self.sequences[id]
-            sequence.layout = grown(sequence.layout, [g for g in step.grow if g.seq == id], size)
+        for seq in {grow.seq for grow in step.grow}:
+            sequence = self.sequences[seq]
+            sequence.layout = grown(sequence.layout, [g for g in step.grow if g.seq == seq], size)
 
     def append(
         self, step: Step, sampled: dict[SeqId, Choice], prompts: dict[SeqId, list[TokenLogprob]]
@@ -261,7 +260,7 @@ class Engine:
     # --- what comes from outside ---------------------------------------------------------------------------------
 
     def hear(self, block: bool) -> None:
-        """Hear every message there is. Blocks for the first one where nothing can be computed until something changes."""
+        """Hear every message there is; `block` waits for the first, where nothing can be computed until one comes."""
         timeout = None
         if self.sequences:
             timeout = RETRY_SECONDS if self._asking else max(self._ask_again - time.monotonic(), 0.001)
@@ -303,7 +302,8 @@ class Engine:
         if self._asking or time.monotonic() < self._ask_again:
             return
         size = self.budget.block_size
-        coming = sum(-(-(s.request.longest - s.length) // size) for s in self.running)
+        growing = [*self.running, *self.waiting[:1]]
+        coming = sum(-(-(s.request.longest - s.length) // size) for s in growing)
         self._asking = True
         longest = self.waiting[0].request.longest if self.waiting and not self.running else 0
         self.borrow(step.short, step.short + min(coming, 64), longest)

@@ -70,7 +70,7 @@ class Decoder:
         y = rms_norm(x, weights.layers[0].attention_norm, eps, plus_one)
         for n, layer in enumerate(weights.layers):
             qkv = linear(y, layer.qkv, layer.qkv_bias).view(width, heads + 2 * kv_heads, dim)
-            q, k, v = (part.contiguous() for part in qkv.split((heads, kv_heads, kv_heads), 1))
+            q, k, v = (part.contiguous() for part in qkv.split_with_sizes((heads, kv_heads, kv_heads), 1))
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = rms_norm(q.view(-1, dim), layer.q_norm, eps, plus_one).view(width, heads, dim)
                 k = rms_norm(k.view(-1, dim), layer.k_norm, eps, plus_one).view(width, kv_heads, dim)

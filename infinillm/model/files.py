@@ -110,7 +110,9 @@ def _fetched(model: str, progress: Progress) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(WANTED), local_files_only=True))
+        here = Path(snapshot_download(model, allow_patterns=list(WANTED), local_files_only=True))
+        if (here / "config.json").is_file() and any(here.glob("*.safetensors")):
+            return here
     except LocalEntryNotFoundError:
         pass
     except HFValidationError as error:

@@ -1,10 +1,11 @@
 """A node's half of the conversation: lending blocks, keeping K/V, answering questions with partials.
 
-Theory of operation. A borrower first gets a loan (Lend), then a lane (OpenPort), then opens Converse. From there on one
-thread per borrower does, for each plan in the order they came: grow, then layer by layer receive [q, k, v], write, attend,
-send [o, lse]. Releases travel in the same order as plans, so nothing is freed under a plan's feet. A plan that is older than
-the last, or that the books refuse, ends the conversation: the borrower's port closes, and it knows. Loans outlive
-conversations: a borrower that reconnects before its loan lapses finds its blocks where they were.
+Theory of operation. A borrower first gets a loan (Lend), then a lane (OpenPort), then opens Converse. From there on
+one thread per borrower does, for each plan in the order they came: grow, then layer by layer receive [q, k, v],
+write, attend, send [o, lse]. Releases travel in the same order as plans, so nothing is freed under a plan's feet. A
+plan that is older than the last, or that the books refuse, ends the conversation: the borrower's port closes, and it
+knows. Loans outlive conversations: a borrower that reconnects before its loan lapses finds its blocks where they
+were.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
 from infinillm.transport.base import Listener, Port
 from infinillm.transport.lanes import Lanes, choose, host_key
-
 
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
 
@@ -177,7 +177,9 @@ class PoolService:
         name = secrets.token_hex(16)
         loop = asyncio.get_running_loop()
         talk = self.conversations[name] = Conversation(request.borrower, listener, loop.create_future())
-        thread = threading.Thread(target=self._serve, args=(name, talk, loop), name=f"answer-{talk.borrower}", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(name, talk, loop), name=f"answer-{talk.borrower}", daemon=True
+        )
         self.threads.add(thread)
         thread.start()
         return pb.OpenPortResponse(conversation=name, kind=kind, ticket=listener.ticket)

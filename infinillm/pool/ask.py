@@ -1,12 +1,13 @@
 """A shard's half of the conversation: borrowing blocks, and attention over a sequence that lies on several nodes.
 
-Theory of operation. `Lenders` keeps one `Lender` per node we borrow from: a loan (a number of blocks), a port for tensors and
-a stream for words. Blocks of a loan are used by sequences without asking again, because the lender has reserved them; the
-plan of the next step tells it. `PooledAttention` is the `attend` a model calls: per layer it sends every remote node its
-query rows (and K/V rows to keep), computes its own partial while the wire works, and merges the remote partials as they
-arrive. What it sends per decoded token does not depend on the context.
+Theory of operation. `Lenders` keeps one `Lender` per node we borrow from: a loan (a number of blocks), a port for
+tensors and a stream for words. Blocks of a loan are used by sequences without asking again, because the lender has
+reserved them; the plan of the next step tells it. `PooledAttention` is the `attend` a model calls: per layer it sends
+every remote node its query rows (and K/V rows to keep), computes its own partial while the wire works, and merges the
+remote partials as they arrive. What it sends per decoded token does not depend on the context.
 
-A lost lender is dropped with everything it held; the engine then sees holes in layouts, which are ordinary pending work.
+A lost lender is dropped with everything it held; the engine then sees holes in layouts, which are ordinary pending
+work.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from infinillm import rpc, wire
-from infinillm.core.types import Chunk, Grow, NodeId, Part, Plan, Refused, SeqId
+from infinillm.core.types import Chunk, Grow, LoanId, NodeId, Part, Plan, Refused, SeqId
 from infinillm.errors import InfinillmError, NodeLost, PortClosed
 from infinillm.pool.memory import Memory, Work
 from infinillm.protos import pool_pb2 as pb
@@ -92,7 +93,7 @@ class Lender:
 
     node: NodeId
     address: str
-    loan: str
+    loan: LoanId
     blocks: int
     used: dict[SeqId, int] = field(default_factory=dict)
     conversation: Conversation | None = None
@@ -183,8 +184,12 @@ class Lenders:
     # --- borrowing, called from the event loop -------------------------------------------------------------------
 
     async def borrow(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
-        """Reserve `least` to `wanted` blocks from the candidates, best first: all or nothing, so nobody holds half."""
-        got: list[tuple[NodeId, str, str, int]] = []
+        """Reserve `least` to `wanted` blocks: all or nothing, so nobody holds half.
+
+        Whoever lends us already is asked first, so that a sequence lies on few nodes; then the candidates as ranked.
+        """
+        candidates = sorted(candidates, key=lambda candidate: candidate[0] not in self.accounts)
+        got: list[tuple[NodeId, str, LoanId, int]] = []
         reasons: list[str] = []
         total = 0
         for node, address, offered in candidates:
@@ -192,13 +197,13 @@ class Lenders:
                 break
             asked = min(wanted - total, offered)
             try:
-                loan = await self._lend(node, address, asked)
+                answer = await self._lend(address, asked)
             except InfinillmError as error:
-                loan = Refused(f"{node}: {error.message}")
-            if isinstance(loan, Refused):
-                reasons.append(loan.reason)
+                answer = Refused(f"{node}: {error.message}")
+            if isinstance(answer, Refused):
+                reasons.append(answer.reason)
                 continue
-            got.append((node, address, loan.id, asked))
+            got.append((node, address, answer, asked))
             total += asked
         if total < least:
             for _, address, loan, asked in got:
@@ -256,15 +261,15 @@ class Lenders:
 
     # --- the wire ------------------------------------------------------------------------------------------------
 
-    async def _lend(self, node: NodeId, address: str, blocks: int) -> pb.LendResponse | Refused:
+    async def _lend(self, address: str, blocks: int) -> LoanId | Refused:
         async with rpc.channel(address) as channel:
             reply = await rpc.Client(channel, POOL).Lend(
                 pb.LendRequest(borrower=self.node, borrower_incarnation=self.incarnation, blocks=blocks),
                 timeout=RPC_SECONDS,
             )
-        return reply.loan if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
+        return str(reply.loan.id) if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
 
-    async def _return(self, address: str, loan: str, blocks: int) -> None:
+    async def _return(self, address: str, loan: LoanId, blocks: int) -> None:
         try:
             async with rpc.channel(address) as channel:
                 await rpc.Client(channel, POOL).Return(pb.ReturnRequest(loan=loan, blocks=blocks), timeout=RPC_SECONDS)
@@ -384,4 +389,3 @@ def _tensor(index: list[int], total: int, device: torch.device) -> Tensor | None
 
 def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
     return rows if index is None else rows.index_select(0, index)
-

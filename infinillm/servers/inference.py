@@ -122,8 +122,10 @@ class Inference:
 
     def check_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Token ids from outside, as a prompt."""
-        size = self.tokenizer.vocab_size
-        if tokens and not (0 <= min(tokens) and max(tokens) < size):
+        size, limit = self.tokenizer.vocab_size, self.pool.limit
+        if limit and len(tokens) > limit:
+            raise TooLong(f"this server takes requests of up to {limit:,} tokens, not {len(tokens):,}", field="prompt")
+        if tokens and (min(tokens) < 0 or max(tokens) >= size):
             raise BadRequest(f"prompt has token ids outside the vocabulary of {size}", field="prompt")
         return tuple(tokens)
 
@@ -133,19 +135,30 @@ class Inference:
         if limit and count > limit * self._longest_token:
             raise TooLong(f"{count:,} characters are more than {limit:,} tokens can spell", field=field)
 
+    def _check_sampling(self, sampling: Sampling) -> None:
+        size = self.tokenizer.vocab_size
+        named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+        for field, tokens in named.items():
+            if tokens and max(tokens) >= size:
+                raise BadRequest(f"{field} has token ids outside the vocabulary of {size}", field=field)
+
     async def _apart(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def room(self, prompt_tokens: int, wanted: int | None, default: int | None, field: str) -> int:
+    def room(self, prompt_tokens: int, wanted: int | None, default: int | None, fields: tuple[str, str]) -> int:
         """How many tokens a request may produce: what it asks for, or else `default`, or all there is room for.
 
-        Raises TooLong where the model does not take that many. Whether the pool does, the controller says when it routes.
+        Raises TooLong, naming one of `fields` (the prompt's, the length's), where the model does not take that many.
+        Whether the pool does, the controller says when it routes.
         """
         limit, capacity = self.pool.limit, self.pool.capacity
         least = 1 if wanted is None else wanted
         if limit and prompt_tokens + least > limit:
             asked = f"{prompt_tokens:,} in the prompt and {least:,} to produce"
-            raise TooLong(f"this model takes {limit:,} tokens; the request has {asked}", field=field)
+            raise TooLong(
+                f"this server takes requests of up to {limit:,} tokens; this one has {asked}",
+                field=fields[0] if wanted is None or prompt_tokens >= limit else fields[1],
+            )
         if wanted is not None:
             return wanted
         left = max(capacity - prompt_tokens, 1)
@@ -155,6 +168,7 @@ class Inference:
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """The pieces of one sequence; closing the iterator cancels the request at the worker."""
+        self._check_sampling(ask.sampling)
         transcript = Transcript(
             self.tokenizer,
             ask.stop,
@@ -274,7 +288,7 @@ class Answers:
             async with aclosing(inference.generate(ask)) as pieces:
                 async for piece in pieces:
                     await self._queue.put((ask.index, piece, None))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the reader raises it
             await self._queue.put((ask.index, None, error))
         else:
             await self._queue.put((ask.index, None, None))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from infinillm import rpc, wire
 from infinillm.core import policy
 from infinillm.core.types import Ledger, NodeId, Refused
-from infinillm.errors import BadRequest, DeadlineExceeded, InfinillmError, NotFound, Unavailable
+from infinillm.errors import BadRequest, DeadlineExceeded, InfinillmError, NotFound, TooLong, Unavailable
 from infinillm.protos import controller_pb2, shard_pb2
 from infinillm.telemetry import log
 
@@ -92,6 +92,14 @@ class Pool:
             raise Unavailable("no worker is serving")
 
     @property
+    def ready(self) -> bool:
+        try:
+            self.check_ready()
+        except Unavailable:
+            return False
+        return True
+
+    @property
     def limit(self) -> int:
         """The longest request the model takes, prompt and output, in tokens; 0 where nobody knows yet."""
         known = [n for n in (self._longest, self.last.model.max_position if self.last else 0) if n]
@@ -131,18 +139,18 @@ class Pool:
             nodes={node.id: wire.node_from_wire(node) for node in self.last.nodes},
             loans={loan.id: wire.loan_from_wire(loan, now) for loan in self.last.loans},
         )
-        chosen = policy.named(self.last.policy).route(ledger, prompt_tokens, longest_tokens, size, tuple(exclude))
+        chosen_by = policy.named(self.last.policy)
+        chosen = chosen_by.route(ledger, prompt_tokens, longest_tokens, size, exclude)
         if isinstance(chosen, Refused):
-            raise Unavailable(f"the controller does not answer, and by what it last said: {chosen.reason}")
-        self._count_on(chosen)
+            if longest_tokens > chosen_by.capacity(ledger, size) > 0:
+                raise TooLong(chosen.reason)
+            raise Unavailable(f"the controller does not answer, and by what it last said {chosen.reason}")
+        for node in self.last.nodes:
+            if node.id == chosen:  # so that the next request goes elsewhere
+                node.waiting += 1
+                node.wanted += -(-prompt_tokens // size)
         log("routed_alone", node=chosen, epoch=ledger.epoch)
         return Place(chosen, ledger.nodes[chosen].address)
-
-    def _count_on(self, chosen: NodeId) -> None:
-        """Remember in the old snapshot what was sent where, so that requests spread."""
-        for node in self.last.nodes if self.last else ():
-            if node.id == chosen:
-                node.waiting += 1
 
     # --- workers -------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ class StopStrings:
     """Looks for stop strings in text that comes in pieces; how it is cut into pieces makes no difference.
 
     Theory of operation. For each stop string the longest prefix that ends the text so far is kept (Knuth, Morris and
-    Pratt), so a character costs the same however long the stop strings are. Text that may be the beginning of one is held
-    back. The stop string that ends first wins; of two that end together, the longer.
+    Pratt), so a character costs the same however long the stop strings are. Text that may be the beginning of one is
+    held back. The stop string that ends first wins; of two that end together, the longer.
     """
 
     def __init__(self, stops: Sequence[str], include: bool):

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from infinillm import config
@@ -164,6 +165,15 @@ class Cluster:
         return waits[done.pop()]
 
 
+async def prepare(settings: config.Prepare, say: Say) -> Path:
+    """Do once, in a process of its own, what is slow the first time; the folder of the model."""
+    child = await _spawn("prepare", "prepare", settings, echo=False, hear=say)
+    try:
+        return Path((await _ready(child, START_SECONDS))["model"])
+    finally:
+        await _end([child], GRACE_SECONDS)
+
+
 @asynccontextmanager
 async def cluster(
     settings: config.Serve, say: Say, *, echo: bool, grace: float = GRACE_SECONDS
@@ -174,14 +184,11 @@ async def cluster(
     """
     children: list[Child] = []
 
-    async def start(name: str, command: str, its: Any, hear: Say | None = None) -> Child:
-        children.append(await _spawn(name, command, its, echo, hear))
+    async def start(name: str, command: str, its: Any) -> Child:
+        children.append(await _spawn(name, command, its, echo))
         return children[-1]
 
     try:
-        prepare = await start("prepare", "prepare", settings.prepare(), say)
-        await _ready(prepare, START_SECONDS)
-        await prepare.process.wait()
         say("starting the controller", 0.0)
         controller = await start("controller", "controller", settings.controller())
         address = (await _ready(controller, START_SECONDS))["address"]
@@ -235,6 +242,7 @@ async def run(settings: config.Serve, say: Say, announce: Callable[[Cluster], No
 async def _serve(
     settings: config.Serve, say: Say, announce: Callable[[Cluster], None], living: list[Child], told: asyncio.Event
 ) -> None:
+    await prepare(settings.prepare(), say)
     async with cluster(settings, say, echo=True) as running:
         living += running.children
         announce(running)

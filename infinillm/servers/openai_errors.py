@@ -62,12 +62,12 @@ def headers(error: InfinillmError) -> dict[str, str]:
 
 
 def refusal(error: ValidationError) -> BadRequest:
-    """What pydantic found wrong, about the first parameter it names."""
+    """What pydantic found wrong about the first parameter it names: of alternatives, the one that got furthest."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     first = found[0]
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    name = param(first["loc"])
+    name = max((p for each in found if (p := param(each["loc"])).startswith(param(first["loc"]))), key=len)
     if not name:
         return BadRequest("the body must be a JSON object")
     same = dict.fromkeys(_words(each["msg"]) for each in found if param(each["loc"]) == name)

@@ -1,4 +1,4 @@
-"""What clients of the OpenAI API get: pieces of text as choices, whole or in chunks, with usage and log-probabilities."""
+"""What clients of the OpenAI API get: pieces of text as choices, whole or in chunks, with usage and logprobs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ class Spelling:
         }
 
     def _top(self, value: TokenLogprob) -> dict[str, float]:
-        found = {self.text(token): _finite(logprob) for token, logprob in reversed(value.top)}
-        return {**dict(reversed(found.items())), self.text(value.token): _finite(value.logprob)}
+        found: dict[str, float] = {}
+        for token, logprob in (*value.top, (value.token, value.logprob)):
+            found.setdefault(self.text(token), _finite(logprob))  # of two that read the same, the likelier
+        return found
 
     def chat(self, values: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The shape of chat completions."""
@@ -62,11 +64,12 @@ class Spelling:
         entries: list[dict[str, Any] | None] = [None]
         for value in values:
             ranks = {token: rank for rank, (token, _) in enumerate(value.top, 1)}
-            entries.append({
-                str(token): {"logprob": _finite(logprob), "rank": ranks.get(token), "decoded_token": self.text(token)}
-                for token, logprob in {**dict(value.top), value.token: value.logprob}.items()
-            })
+            both = {**dict(value.top), value.token: value.logprob}
+            entries.append({str(t): self._scored(t, logprob, ranks.get(t)) for t, logprob in both.items()})
         return entries
+
+    def _scored(self, token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": self.text(token)}
 
 
 def _finite(logprob: float) -> float:

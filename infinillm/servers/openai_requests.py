@@ -1,6 +1,6 @@
 """What clients of the OpenAI API may ask, field by field, vLLM's extensions included.
 
-Fields nobody knows are accepted in silence, as vLLM does; fields we know, cannot honour and must not ignore are refused.
+Fields nobody knows are accepted in silence, as vLLM does; those we know but cannot honour are refused, not ignored.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 
+# Keywords that decide how a chat template is applied, and not what it says.
+TEMPLATE_OWN = """
+    add_generation_prompt chat_template continue_final_message conversation documents max_length messages padding
+    return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs tools truncation
+"""
+
 Int: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Token: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARS)]
 Prompt: TypeAlias = str | list[int]
 
@@ -105,7 +112,7 @@ class Asked(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[Int], Field(max_length=MOST_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -166,7 +173,8 @@ class Asked(BaseModel):
 def _biases(asked: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     for token in asked:
         if not (token.isascii() and token.isdigit() and len(token) <= 10):
-            raise BadRequest(f"logit_bias must map token ids to numbers; {token[:20]!r} is no token id", field="logit_bias")
+            message = f"logit_bias must map token ids to numbers; {token[:20]!r} is no token id"
+            raise BadRequest(message, field="logit_bias")
     return tuple(sorted((int(token), float(bias)) for token, bias in asked.items()))
 
 
@@ -233,7 +241,7 @@ class ChatRequest(Asked):
         """Keywords for the chat template; what decides how it is applied cannot be among them."""
         options = dict(self.chat_template_kwargs or {})
         for name in options:
-            if not name.isidentifier() or name in TEMPLATE_OWN:
+            if not name.isidentifier() or name in TEMPLATE_OWN.split():
                 raise BadRequest(f"chat_template_kwargs cannot set {name!r}", field="chat_template_kwargs")
         carry_on = bool(self.continue_final_message)
         return {
@@ -241,25 +249,6 @@ class ChatRequest(Asked):
             "continue_final_message": carry_on,
             "add_generation_prompt": not carry_on if self.add_generation_prompt is None else self.add_generation_prompt,
         }
-
-
-TEMPLATE_OWN = frozenset({
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "documents",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-})
 
 
 class TokenizeRequest(BaseModel):

@@ -22,7 +22,7 @@ from infinillm.core.scheduler import Budget
 from infinillm.core.types import Layout, Loan, Node, Refused, SeqId
 from infinillm.engine.loop import Borrowed, Cancel, Engine, Output, Submit
 from infinillm.engine.runner import Runner
-from infinillm.errors import BadRequest, Cancelled, InfinillmError, NotFound, Overloaded, Unavailable
+from infinillm.errors import BadRequest, Broken, InfinillmError, NotFound, Unavailable
 from infinillm.kernels import bodies
 from infinillm.model import files, sampler, weights
 from infinillm.model.decoder import Decoder
@@ -150,9 +150,7 @@ class Worker:
             raise BadRequest(f"kv_memory_gib {settings.kv_memory_gib} holds no block", field="kv_memory_gib")
         self.id = settings.id or f"{platform.node()}-{self.incarnation[:6]}"
         lendable = count if settings.memory_only else int(count * settings.lend_fraction)
-        self.memory = Memory(
-            Blocks(self.id, count, settings.block_size, lendable), Store(shape, count, device, body)
-        )
+        self.memory = Memory(Blocks(self.id, count, settings.block_size, lendable), Store(shape, count, device, body))
         self.metrics = Metrics("worker", node=self.id)
         self.lanes = Lanes(
             host=settings.host, patience=settings.patience_seconds, device=device, dial=rpc.blocking_channel
@@ -292,7 +290,7 @@ class Worker:
             await self.lenders.give_back_idle(IDLE_LOAN_SECONDS)
             self._measure()
             if self.engine is not None and not self.engine.alive:
-                raise SystemExit(1)
+                raise Broken(f"the engine ended: {self.engine.failure!r}")
 
     def _measure(self) -> None:
         node, m = self.node(), self.metrics

@@ -7,13 +7,13 @@ the receive. One message is one flat run of bytes, so the body knows no dtypes. 
 ends may send before either receives; the oldest is waited for when too many are under way.
 
 Each port is a world of two ranks of its own. NCCL has one group for each way: its sends and receives are kernels on
-a group's stream, and one stream would make both ends wait behind their own sends. (NCCL itself is not run by the
-tests; gloo is.)
+a group's stream, and one stream would make both ends wait behind their own sends. The tests run gloo; NCCL needs two
+GPUs. Neither library authenticates its own connections: use this inside a network you trust.
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import socket
 import struct
 import threading
@@ -86,9 +86,7 @@ class CollectivePort:
                 self._bell.wait()
                 if not self._peer.recv(1):
                     raise EOFError("the peer is gone")
-                message = (
-                    parts[0] if len(parts) == 1 else torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
-                )
+                message = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
                 self._wait(self._into.recv([message], self._other, 0))
                 self.received_bytes += message.numel()
         except (OSError, EOFError, RuntimeError) as lost:
@@ -109,7 +107,7 @@ class CollectivePort:
                 self._peer.close()
 
     def _wait(self, work: Any) -> None:
-        work.wait(datetime.timedelta(seconds=self._patience))
+        work.wait(dt.timedelta(seconds=self._patience))
 
     def _heed_close(self) -> None:
         if self._closed:
@@ -126,7 +124,7 @@ class CollectivePort:
 
 def _store(peer: socket.socket, leads: bool, patience: float) -> dist.distributed_c10d.Store:
     """The key-value store through which two ranks find each other; the leader's side serves it."""
-    timeout = datetime.timedelta(seconds=patience)
+    timeout = dt.timedelta(seconds=patience)
     if leads:
         host = peer.getsockname()[0]
         door = socket.create_server((host, 0), family=peer.family)
@@ -139,13 +137,14 @@ def _store(peer: socket.socket, leads: bool, patience: float) -> dist.distribute
 
 
 def _group(store: dist.Store, peer: socket.socket, leads: bool, patience: float, device: torch.device) -> Any:
-    rank, timeout = (0 if leads else 1), datetime.timedelta(seconds=patience)
+    rank, timeout = (0 if leads else 1), dt.timedelta(seconds=patience)
     if device.type == "cuda":
         chosen = dist.ProcessGroupNCCL.Options()
         chosen._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, 2, chosen)
-    options = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo  # its options have no stubs
+    options = gloo._Options()
     options._timeout = timeout
     options._threads = 1
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=peer.getsockname()[0])]
-    return dist.ProcessGroupGloo(store, rank, 2, options)
+    options._devices = [gloo.create_device(hostname=peer.getsockname()[0])]
+    return gloo(store, rank, 2, options)

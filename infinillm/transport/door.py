@@ -50,16 +50,17 @@ class Ticket(NamedTuple):
 class Door:
     """A Listener on a socket; `enter` makes a port of the admitted peer's socket.
 
-    With a `host` it listens there on TCP, else on a unix socket in the abstract namespace, which leaves no file behind.
+    With a `host` it listens there on TCP, and peers reach it at `shown`; without, on a unix socket in the abstract
+    namespace, which leaves no file behind.
     """
 
-    def __init__(self, kind: str, host: str, enter: Callable[[socket.socket], Port]):
+    def __init__(self, kind: str, host: str, shown: str, enter: Callable[[socket.socket], Port]):
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._enter = enter
         self._closed = False
         self._accepting, self._closing = threading.Lock(), threading.Lock()
         try:
-            self._socket, address = _bind_tcp(host) if host else _bind_unix()
+            self._socket, address = _bind_tcp(host, shown) if host else _bind_unix()
         except OSError as error:
             raise Unavailable(f"cannot listen for a {kind} port on {host or 'a unix socket'}: {error}") from error
         self._socket.setblocking(False)
@@ -175,11 +176,11 @@ def hang_up(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
 
 
-def _bind_tcp(host: str) -> tuple[socket.socket, str]:
+def _bind_tcp(host: str, shown: str) -> tuple[socket.socket, str]:
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     door = socket.create_server((host, 0), family=family)
     port = door.getsockname()[1]
-    return door, f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return door, f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}"
 
 
 def _bind_unix() -> tuple[socket.socket, str]:

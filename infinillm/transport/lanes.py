@@ -30,13 +30,14 @@ class Enter(Protocol):
 
 
 BY_SOCKET: dict[str, Enter] = {"shm": shm.open_port, "tcp": tcp.open_port, "collective": collective.open_port}
+EVERYWHERE = ("0.0.0.0", "::")
 KINDS = (*BY_SOCKET, "stream", "local")
 
 
 class Lanes:
     """Where this process listens for ports, and how it reaches others.
 
-    host      the address TCP ports listen on; peers connect to the same
+    host      the address TCP ports listen on; peers dial the same, or where it is 0.0.0.0 or ::, that of `address`
     patience  seconds a port waits for a silent peer before it is lost
     device    where the tensors live
     dial      a gRPC channel to an address, for stream ports
@@ -53,7 +54,7 @@ class Lanes:
         """Offer one port. The caller gives `ticket` to the peer, then accepts."""
         if kind in BY_SOCKET:
             host = "" if kind == "shm" else self._host
-            return Door(kind, host, functools.partial(self._enter, kind, True))
+            return Door(kind, host, self._shown(), functools.partial(self._enter, kind, True))
         if kind not in KINDS:
             raise BadRequest(f"no port is of kind {kind!r}; there are {', '.join(KINDS)}", field="kind")
         waiting = Waiting(kind, self.address)
@@ -80,6 +81,10 @@ class Lanes:
     def service(self) -> grpc.GenericRpcHandler:
         """What our grpc.aio server registers so that stream ports can come in."""
         return stream.service(self._claim, patience=self._patience, device=self._device)
+
+    def _shown(self) -> str:
+        """The host others dial: ours, or where we listen everywhere, that of our gRPC server."""
+        return self.address.rpartition(":")[0].strip("[]") if self._host in EVERYWHERE else self._host
 
     def _enter(self, kind: str, leads: bool, peer: socket.socket) -> Port:
         return BY_SOCKET[kind](peer, leads=leads, patience=self._patience, device=self._device)

@@ -83,6 +83,7 @@ def service(
         waiting = claim(token if isinstance(token, bytes) else token.encode())
         if waiting is None:
             await call.abort(grpc.StatusCode.PERMISSION_DENIED, "no port waits for this token")
+            return
         loop = asyncio.get_running_loop()
         news, to_say, room = threading.Condition(), asyncio.Event(), asyncio.Event()
         out, into = Queue(news), Queue(news)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,7 +88,7 @@ def test_intervals_are_a_set_of_positions(changes):
         done = add(done, start, stop) if put else remove(done, start, stop)
         positions = positions | set(range(start, stop)) if put else positions - set(range(start, stop))
         assert {p for a, b in done for p in range(a, b)} == positions
-        assert all(x[1] < y[0] for x, y in zip(done, done[1:], strict=False))
+        assert all(x[1] < y[0] for x, y in pairwise(done))
         gap = first_gap(done, 20)
         missing = sorted(set(range(20)) - positions)
         assert gap is None if not missing else gap is not None and gap[0] == missing[0] and gap[1] - 1 in missing

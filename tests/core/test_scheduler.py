@@ -19,7 +19,9 @@ def sequence(id: str, tokens: int, max_tokens: int = 8, arrival: float = 0.0) ->
     return Sequence(Request(id, prompt, Sampling(max_tokens=max_tokens), arrival), list(prompt))
 
 
-def running(id: str, tokens: int, done: int, node: str = "home", arrival: float = 0.0, room: int | None = None) -> Sequence:
+def running(
+    id: str, tokens: int, done: int, node: str = "home", arrival: float = 0.0, room: int | None = None
+) -> Sequence:
     s = sequence(id, tokens, arrival=arrival)
     s.pass_through("admit")
     s.done = ((0, done),) if done else ()
@@ -111,10 +113,10 @@ def test_any_run_stays_within_room_and_budget_and_everyone_finishes(data):
     ]
     work = [s for s in work if -(-s.request.longest // SIZE) <= total]
     waiting, run, left = list(work), [], dict(room)
-    for id in range(2000):
+    for number in range(2000):
         if not waiting and not run:
             break
-        step = schedule(id, run, waiting, left, BUDGET, matches={}, patient=False)
+        step = schedule(number, run, waiting, left, BUDGET, matches={}, patient=False)
         assert sum(c.stop - c.start for c in step.chunks) <= BUDGET.tokens
         assert len({c.seq for c in step.chunks}) == len(step.chunks)
         assert not {c.seq for c in step.chunks} & set(step.preempt)

@@ -32,9 +32,7 @@ class Sum:
     def run(self, chunks, sequences, attend):
         self.computed += chunks
         ends = [sequences[c.seq] for c in chunks if c.stop == sequences[c.seq].length]
-        return {
-            s.id: Choice(sum(s.tokens) % 10) for s in ends if s.request.sampling.max_tokens > s.produced
-        }, {}
+        return {s.id: Choice(sum(s.tokens) % 10) for s in ends if s.request.sampling.max_tokens > s.produced}, {}
 
 
 class Bench:
@@ -58,7 +56,9 @@ class Bench:
             metrics=metrics,
         )
 
-    def submit(self, id: str, prompt: list[int], eos: tuple[int, ...] = (), arrival: float = 0.0, **sampling: Any) -> None:
+    def submit(
+        self, id: str, prompt: list[int], eos: tuple[int, ...] = (), arrival: float = 0.0, **sampling: Any
+    ) -> None:
         wanted = Sampling(**{"temperature": 0.0, "max_tokens": 4, **sampling})
         self.engine.inbox.put(Submit(Request(id, tuple(prompt), wanted, arrival, eos)))
 
@@ -128,7 +128,7 @@ def test_short_of_blocks_it_wishes_once_and_waits_for_the_answer():
     b = Bench(blocks=4)
     b.submit("s", [1] * 20)
     b.turn(3)
-    assert b.wishes == [(1, 1, 23)] and b.runner.computed == []
+    assert b.wishes == [(1, 2, 23)] and b.runner.computed == []
     b.engine.inbox.put(Borrowed(Refused("nobody has any"), final=True))
     b.turn()
     with pytest.raises(TooLong, match="nobody has any"):

@@ -37,7 +37,8 @@ class Zygote:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.said, self.heard = self.process.stdin, self.process.stdout
 
     def ask(self, *words: str) -> list[str]:

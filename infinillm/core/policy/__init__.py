@@ -16,6 +16,7 @@ from infinillm.errors import BadRequest
 class Policy:
     """
     route      (ledger, prompt_tokens, longest_tokens, block_size, exclude): the node to serve a request
+    reach      (ledger, node, block_size): tokens of the longest sequence a node could come to hold
     capacity   (ledger, block_size): tokens of the longest request, prompt and output, that the nodes of now can hold
     creditors  (ledger, node, blocks): who can lend to a node that is short of blocks, and how much each, best first
     plan       (ledger, cost): what to order without being asked
@@ -23,13 +24,15 @@ class Policy:
 
     name: str
     route: Callable[[Ledger, int, int, int, Collection[NodeId]], NodeId | Refused]
+    reach: Callable[[Ledger, NodeId, int], int]
     capacity: Callable[[Ledger, int], int]
     creditors: Callable[[Ledger, NodeId, int], Offers | Refused]
     plan: Callable[[Ledger, Cost], tuple[Order, ...]]
 
 
 POLICIES = {
-    each.NAME: Policy(each.NAME, each.route, each.capacity, each.creditors, each.plan) for each in (isolated, pooled)
+    each.NAME: Policy(each.NAME, each.route, each.reach, each.capacity, each.creditors, each.plan)
+    for each in (isolated, pooled)
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from infinillm.core.cost import Cost
-from infinillm.core.policy.orders import Offers, Order, blocks_for, nobody, roomiest, serving, too_long
+from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, roomiest, serving, too_long
 from infinillm.core.types import Ledger, NodeId, Refused
 
 NAME = "isolated"
@@ -25,12 +25,16 @@ def route(
     return too_long(NAME, longest_tokens, block_size, offered, "one worker")
 
 
+def reach(ledger: Ledger, node: NodeId, block_size: int) -> int:
+    return ledger.nodes[node].blocks * block_size
+
+
 def capacity(ledger: Ledger, block_size: int) -> int:
     return max((node.blocks for node in serving(ledger)), default=0) * block_size
 
 
 def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
-    return Refused(f"{node} needs {blocks:,} more blocks; policy {NAME} lends none, so 0 are offered")
+    return Refused(f"{node} needs {counted(blocks, 'more block')}; policy {NAME} lends none")
 
 
 def plan(ledger: Ledger, cost: Cost) -> tuple[Order, ...]:

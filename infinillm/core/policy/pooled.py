@@ -31,6 +31,10 @@ def route(
     return too_long(NAME, longest_tokens, block_size, offered, counted(count, "worker"))
 
 
+def reach(ledger: Ledger, node: NodeId, block_size: int) -> int:
+    return _reach(ledger.nodes[node], _lendable(ledger)) * block_size
+
+
 def capacity(ledger: Ledger, block_size: int) -> int:
     lendable = _lendable(ledger)
     return max((_reach(node, lendable) for node in serving(ledger)), default=0) * block_size
@@ -44,7 +48,7 @@ def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
         most = sum(n.lendable for n in others)
         return Refused(
             f"{node} needs {counted(blocks, 'more block')}; {counted(len(others), 'other worker')} "
-            f"may lend {most:,}, and 0 of them are free now"
+            f"may lend {most:,} in all, and none of them is free now"
         )
     offers: Offers = []
     wanted = 2 * blocks
@@ -67,7 +71,7 @@ def _lendable(ledger: Ledger) -> int:
 
 def _reach(node: Node, lendable: int) -> int:
     """Blocks a request could come to hold from this node: all of its own, and what the others may lend."""
-    return node.blocks + lendable - node.lendable
+    return node.blocks + lendable - (0 if node.draining else node.lendable)
 
 
 def _offer(node: Node) -> int:

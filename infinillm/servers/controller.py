@@ -1,0 +1,298 @@
+"""The controller: the ledger's shell. It hears events, answers questions with policies, and keeps time.
+
+Theory of operation. All calls run on one event loop, which is the inbox: `hear` is the only place where the ledger
+changes, and nothing awaits between reading it and changing it. The ledger is soft state. A new controller starts with
+an empty one and a larger epoch; nodes find that they are not known, and join again with all they know. While that goes
+on (`settling`) a request that seems too long is told to try again, not that it never fits.
+
+    Join        anybody whose incarnation has not been superseded; a new incarnation supersedes the old one for good
+    Heartbeat   from a known node, its present incarnation and this epoch; else `known` is false, or it is Stale
+    silence     a node not heard for SILENT_BEATS heartbeats has left; nobody is blamed for a sleep of our own
+
+Requests routed since a node's last report are counted as if they were in its queue already, so that a burst spreads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from infinillm import config, rpc, wire
+from infinillm.core import ledger as books
+from infinillm.core import policy as policies
+from infinillm.core.ledger import Event, Joined, Left, Lent, Placed, Released, Report, Reported, Returned
+from infinillm.core.types import Ledger, Model, NodeId, Refused
+from infinillm.errors import BadRequest, Broken, NotFound, Stale, TooLong, Unavailable
+from infinillm.protos import controller_pb2 as pb
+from infinillm.telemetry import Metrics, log
+
+CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
+SILENT_BEATS = 6
+ARRIVAL_SECONDS = 0.1  # a routed request is in its node's queue by then, and so in its next report
+STOP_SECONDS = 1.0
+
+
+class Controller:
+    """The body of ControllerService. `clock` is monotonic, in seconds; `epoch` larger than any controller's before."""
+
+    def __init__(
+        self,
+        policy: policies.Policy,
+        *,
+        epoch: int,
+        heartbeat_seconds: float,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ):
+        self.policy, self.heartbeat_seconds, self.metrics, self.clock = policy, heartbeat_seconds, metrics, clock
+        self.ledger = Ledger(epoch)
+        self.model: Model | None = None  # of the nodes in the ledger; the first to join says
+        self.heard: dict[NodeId, float] = {}
+        self.superseded: dict[NodeId, set[str]] = {}
+        self.promised: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks) of requests routed
+        self.started = self.ticked = clock()
+        self.restarted = False
+        self.sound = True
+
+    # --- membership ----------------------------------------------------------------------------------------------
+
+    async def Join(self, request: pb.JoinRequest, call: Any) -> pb.JoinResponse:
+        now = self.clock()
+        node, model = wire.node_from_wire(request.node), wire.model_from_wire(request.model)
+        if node.incarnation in self.superseded.get(node.id, ()):
+            raise Stale(f"{node.id} has been started again since {node.incarnation}")
+        if self.model is not None and set(self.ledger.nodes) - {node.id}:
+            _check_same(self.model, model)
+        loans = tuple(wire.loan_from_wire(loan, now) for loan in request.loans)
+        report = Report(node, loans, dict(wire.layout_from_wire(layout) for layout in request.layouts))
+        known = self.ledger.nodes.get(node.id)
+        self.hear([Joined(report)])
+        if known is not None and known.incarnation != node.incarnation:
+            self.superseded.setdefault(node.id, set()).add(known.incarnation)
+        self.model = model
+        self.heard[node.id] = now
+        if 0 < request.epoch < self.ledger.epoch:
+            self.restarted = True
+        log("joined", node=node.id, incarnation=node.incarnation, address=node.address, blocks=node.blocks)
+        return pb.JoinResponse(
+            epoch=self.ledger.epoch, heartbeat_seconds=self.heartbeat_seconds, policy=self.policy.name
+        )
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, call: Any) -> pb.HeartbeatResponse:
+        now, epoch = self.clock(), self.ledger.epoch
+        if request.epoch > epoch:
+            raise Stale(f"this controller speaks for epoch {epoch}, {request.node} has seen {request.epoch}")
+        self._check_current(request.node, request.incarnation)
+        if request.node not in self.ledger.nodes or request.epoch < epoch:
+            self.restarted |= 0 < request.epoch < epoch
+            return pb.HeartbeatResponse(epoch=epoch, known=False)
+        self.hear(_events(request, now))
+        self.heard[request.node] = now
+        promised = self.promised.get(request.node)
+        while promised and promised[0][0] < now - ARRIVAL_SECONDS:
+            promised.popleft()
+        self.metrics.add("heartbeats_total")
+        return pb.HeartbeatResponse(epoch=epoch, known=True)
+
+    async def Leave(self, request: pb.LeaveRequest, call: Any) -> pb.LeaveResponse:
+        self._check_current(request.node, request.incarnation)
+        self._leave(request.node, "it said so")
+        return pb.LeaveResponse()
+
+    def _check_current(self, node: NodeId, incarnation: str) -> None:
+        """Raise Stale where somebody else goes by that name now."""
+        known = self.ledger.nodes.get(node)
+        if (known and known.incarnation != incarnation) or incarnation in self.superseded.get(node, ()):
+            raise Stale(f"{node} is another incarnation now, not {incarnation}")
+
+    def _leave(self, node: NodeId, reason: str) -> None:
+        if node not in self.ledger.nodes:
+            return
+        self.hear([Left(node, reason)])
+        self.heard.pop(node, None)
+        self.promised.pop(node, None)
+        self.metrics.remove("heartbeat_age_seconds", node=node)
+        log("left", node=node, reason=reason)
+
+    def hear(self, events: Iterable[Event]) -> None:
+        """Take events in; all of them or, where one cannot be, none. Raises BadRequest."""
+        events = list(events)
+        try:
+            ledger = books.apply_all(self.ledger, events)
+        except Broken as broken:
+            raise BadRequest(broken.message) from None
+        for event in events:
+            match event:
+                case Lent(loan) if (was := self.ledger.loans.get(loan.id)) is None or was.blocks != loan.blocks:
+                    log("lent", loan=loan.id, borrower=loan.borrower, blocks=loan.blocks)
+                case Returned(_, loan_id) if loan_id in self.ledger.loans:
+                    log("returned", loan=loan_id)
+        self.ledger = ledger
+
+    # --- questions -----------------------------------------------------------------------------------------------
+
+    async def Creditors(self, request: pb.CreditorsRequest, call: Any) -> pb.CreditorsResponse:
+        if request.blocks < 1:
+            raise BadRequest("blocks must be at least 1", field="blocks")
+        offers = self.policy.creditors(self.ledger, request.node, request.blocks)
+        known = request.node in self.ledger.nodes and not self.settling
+        reach = self.policy.reach(self.ledger, request.node, self._block_size()) if known else 0
+        if isinstance(offers, Refused):
+            log("creditors_refused", node=request.node, blocks=request.blocks, reason=offers.reason)
+            return pb.CreditorsResponse(refused=offers.reason, max_tokens=reach)
+        log("creditors_named", node=request.node, blocks=request.blocks, offers=dict(offers))
+        named = (pb.Creditor(node=n, address=self.ledger.nodes[n].address, blocks=blocks) for n, blocks in offers)
+        return pb.CreditorsResponse(creditors=named, max_tokens=reach)
+
+    async def Route(self, request: pb.RouteRequest, call: Any) -> pb.RouteResponse:
+        if not 0 < request.prompt_tokens <= request.longest_tokens:
+            prompt, longest = request.prompt_tokens, request.longest_tokens
+            raise BadRequest(f"{prompt} prompt tokens of at most {longest} cannot be", field="longest_tokens")
+        if self.model is None or not self.ledger.nodes:
+            self._refuse("no_worker", Unavailable("no worker has joined yet"))
+        if request.model and request.model != self.model.name:
+            raise NotFound(f"no model {request.model!r} is served here, only {self.model.name!r}", field="model")
+        size, now = self._block_size(), self.clock()
+        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
+        expected = books.expecting(self.ledger, sums)
+        found = self.policy.route(
+            expected, request.prompt_tokens, request.longest_tokens, size, frozenset(request.exclude)
+        )
+        if isinstance(found, Refused):
+            if request.longest_tokens <= self.policy.capacity(self.ledger, size):
+                self._refuse("no_worker", Unavailable(found.reason))
+            if self.settling:
+                self._refuse("settling", Unavailable(f"the controller has just restarted; so far {found.reason}"))
+            self._refuse("too_long", TooLong(found.reason))
+        self.promised.setdefault(found, deque()).append((now, -(-request.prompt_tokens // size)))
+        return pb.RouteResponse(node=found, address=self.ledger.nodes[found].address)
+
+    async def Snapshot(self, request: pb.SnapshotRequest, call: Any) -> pb.SnapshotResponse:
+        now = self.clock()
+        return pb.SnapshotResponse(
+            epoch=self.ledger.epoch,
+            policy=self.policy.name,
+            model=wire.model_to_wire(self.model) if self.model is not None else None,
+            max_tokens=self.policy.capacity(self.ledger, self._block_size()) if self.model is not None else 0,
+            nodes=[wire.node_to_wire(node) for node in self.ledger.nodes.values()],
+            loans=[wire.loan_to_wire(loan, now) for loan in self.ledger.loans.values()],
+            layouts=[
+                wire.layout_to_wire(sequence, layout)
+                for layouts in self.ledger.layouts.values()
+                for sequence, layout in layouts.items()
+            ],
+        )
+
+    def _block_size(self) -> int:
+        return self.model.shape.block_size if self.model is not None else 1
+
+    def _refuse(self, reason: str, error: TooLong | Unavailable) -> NoReturn:
+        self.metrics.add("refusals_total", reason=reason)
+        log("route_refused", reason=error.message)
+        raise error
+
+    # --- time ----------------------------------------------------------------------------------------------------
+
+    @property
+    def silence(self) -> float:
+        """Seconds after which a node that says nothing has left."""
+        return SILENT_BEATS * self.heartbeat_seconds
+
+    @property
+    def settling(self) -> bool:
+        """The controller was restarted, and some nodes may not have found it yet."""
+        return self.restarted and self.clock() < self.started + self.silence
+
+    def tick(self) -> None:
+        """Once per heartbeat: who is silent, whether the books balance, and the metrics."""
+        now = self.clock()
+        slept = now - self.ticked - self.heartbeat_seconds
+        if slept > self.heartbeat_seconds:
+            self.heard = {node: when + slept for node, when in self.heard.items()}
+        self.ticked = now
+        for node, when in list(self.heard.items()):
+            if now - when > self.silence:
+                self._leave(node, f"silent for {now - when:.1f} s")
+        try:
+            books.check(self.ledger)
+            self.sound = True
+        except Broken as broken:  # what a node told cannot be; the next time it joins it is told anew
+            if self.sound:
+                log("law_broken", reason=broken.message)
+            self.sound = False
+        self._measure(now)
+
+    def _measure(self, now: float) -> None:
+        nodes, m = self.ledger.nodes.values(), self.metrics
+        m.set("controller_epoch", self.ledger.epoch)
+        m.set("nodes", sum(n.serves and not n.draining for n in nodes), state="serving")
+        m.set("nodes", sum(not n.serves and not n.draining for n in nodes), state="memory")
+        m.set("nodes", sum(n.draining for n in nodes), state="draining")
+        m.set("pool_blocks", sum(n.free - n.cached for n in nodes), state="free")
+        m.set("pool_blocks", sum(n.used for n in nodes), state="used")
+        m.set("pool_blocks", sum(n.cached for n in nodes), state="cached")
+        m.set("pool_blocks", sum(n.lent for n in nodes), state="lent")
+        m.set("pool_blocks", sum(n.borrowed for n in nodes), state="borrowed")
+        for node, when in self.heard.items():
+            m.set("heartbeat_age_seconds", now - when, node=node)
+
+
+def _check_same(ours: Model, theirs: Model) -> None:
+    """Raise BadRequest where a node's K/V could not be used by the others."""
+    if ours.name != theirs.name or ours.revision != theirs.revision:
+        here, there = (f"{model.name} {model.revision}".strip() for model in (ours, theirs))
+        raise BadRequest(f"this cluster serves {here}, not {there}", field="model")
+    for name in ours.shape.__dataclass_fields__:
+        known, told = getattr(ours.shape, name), getattr(theirs.shape, name)
+        if known != told:
+            raise BadRequest(f"{name} is {known} in this cluster, {told} in the node that joins", field=name)
+
+
+def _events(request: pb.HeartbeatRequest, now: float) -> list[Event]:
+    """What a heartbeat tells, as events. Raises BadRequest where a node speaks for another."""
+    events: list[Event] = [Returned(request.node, loan) for loan in request.returned]
+    for loan in (wire.loan_from_wire(each, now) for each in request.lent):
+        if loan.lender != request.node:
+            raise BadRequest(f"{request.node} tells of a loan of {loan.lender}", field="lent")
+        events.append(Lent(loan))
+    if request.HasField("changed"):
+        node = wire.node_from_wire(request.changed)
+        if (node.id, node.incarnation) != (request.node, request.incarnation):
+            raise BadRequest(f"{request.node} tells of {node.id} {node.incarnation}", field="changed")
+        events.append(Reported(node))
+    events += [Released(request.node, sequence) for sequence in request.released]
+    events += [Placed(request.node, *wire.layout_from_wire(layout)) for layout in request.placed]
+    return events
+
+
+async def run(settings: config.Controller) -> None:
+    """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly."""
+    metrics = Metrics("controller")
+    controller = Controller(
+        policies.named(settings.policy),
+        epoch=time.time_ns() // 1_000_000,
+        heartbeat_seconds=settings.heartbeat_seconds,
+        metrics=metrics,
+        clock=time.monotonic,
+    )
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    server = rpc.Server(settings.host, settings.port, [(CONTROLLER, controller)])
+    address = f"{settings.host}:{await server.start()}"
+    port = metrics.serve(settings.host, settings.metrics_port)
+    scraped = f"{settings.host}:{port}" if port >= 0 else ""
+    controller.tick()
+    server.set_ready(True)
+    print(json.dumps({"ready": "controller", "id": "controller", "address": address, "metrics": scraped}), flush=True)
+    over = asyncio.create_task(ended.wait())
+    while not over.done():
+        await asyncio.wait([over], timeout=settings.heartbeat_seconds)
+        controller.tick()
+    await server.stop(STOP_SECONDS)
+    metrics.close()

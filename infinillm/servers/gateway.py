@@ -1,0 +1,140 @@
+"""The gateway process: one generation core behind OpenAI's HTTP API and gRPC, from ready line to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from infinillm import config, rpc
+from infinillm.errors import BadRequest
+from infinillm.model import files
+from infinillm.model.tokenizer import Tokenizer
+from infinillm.servers.inference import Inference
+from infinillm.servers.inference_pool import Pool
+from infinillm.servers.inference_service import INFERENCE, InferenceService
+from infinillm.servers.openai import Api, application
+from infinillm.telemetry import Metrics, log
+
+DRAIN_SECONDS = 20.0  # streams have this long to finish once the process is told to end
+READY_SECONDS = 0.5  # between two looks at whether the pool is ready
+BACKLOG = 2048
+
+
+class Http(uvicorn.Server):
+    """A uvicorn server that leaves signals to the process."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Gateway:
+    """Everything one gateway process owns, from `start` to `stop`."""
+
+    def __init__(self, settings: config.Gateway):
+        self.settings = settings
+        self.metrics = Metrics("gateway")
+        self.pool = Pool(settings.controller, settings.max_model_len)
+        self.http_address = self.grpc_address = ""
+
+    async def start(self) -> None:
+        settings = self.settings
+        listening = _listen(settings.host, settings.port)
+        cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "infinillm"
+        path = await asyncio.to_thread(files.resolve, settings.model or None, cache, _say)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, path)
+        model = settings.served_model_name or files.served_name(settings.model or None)
+        self.inference = await asyncio.to_thread(Inference, tokenizer, self.pool, model, self.metrics)
+        api = Api(self.inference, self.metrics, max_body_bytes=settings.max_body_bytes)
+        self.http = Http(
+            uvicorn.Config(
+                application(api, self.metrics),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=int(DRAIN_SECONDS),
+                server_header=False,
+            )
+        )
+        self.serving = asyncio.create_task(self.http.serve([listening]))
+        self.grpc = rpc.Server(
+            settings.host,
+            settings.grpc_port,
+            [(INFERENCE, InferenceService(self.inference))],
+            max_message=settings.max_body_bytes,
+        )
+        grpc_port = await self.grpc.start()
+        await self.pool.start()
+        self.watching = asyncio.create_task(self._watch_ready())
+        while not self.http.started and not self.serving.done():
+            await asyncio.sleep(0.01)
+        self.http_address = f"{settings.host}:{listening.getsockname()[1]}"
+        self.grpc_address = f"{settings.host}:{grpc_port}"
+
+    async def _watch_ready(self) -> None:
+        while True:
+            self.grpc.set_ready(self.pool.ready)
+            await asyncio.sleep(READY_SECONDS)
+
+    async def stop(self) -> None:
+        """Drain: accept nothing new, let running streams finish within the grace, then cancel what is left."""
+        self.watching.cancel()
+        self.grpc.set_ready(False)
+        self.http.should_exit = True
+        await asyncio.gather(self.serving, self.grpc.stop(DRAIN_SECONDS))
+        left = list(self.http.server_state.tasks)
+        await asyncio.wait(left, timeout=1.0) if left else None
+        await self.pool.close()
+        self.inference.close()
+
+    def hurry(self) -> None:
+        """A second signal: do not wait for anybody."""
+        self.http.force_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise BadRequest(f"cannot listen on {host}:{port}: {error.strerror}", field="port") from None
+    listening.setblocking(False)
+    return listening
+
+
+def _say(what: str, share: float) -> None:
+    log("loading", what=what, done=share)
+
+
+async def run(settings: config.Gateway) -> None:
+    """The process: ready line on stdout; SIGTERM and SIGINT drain and end it, a second one ends it at once."""
+    gateway = Gateway(settings)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        if ended.is_set():
+            gateway.hurry()
+        ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    await gateway.start()
+    ready = {"ready": "gateway", "http": gateway.http_address, "grpc": gateway.grpc_address}
+    print(json.dumps(ready), flush=True)
+    waiting = asyncio.create_task(ended.wait())
+    await asyncio.wait({waiting, gateway.serving}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    await gateway.stop()

@@ -1,0 +1,178 @@
+"""A worker's side of the ledger: it joins, tells what changed, and joins again when the controller forgot it.
+
+Theory of operation. `told` is what the controller has acknowledged, or None where that is not known: at the start,
+after any failed call (it may have been heard or not), and when the controller says so. With None the next word is
+Join, with all the node knows; else it is a Heartbeat with the difference. So whatever is lost on the way, the next
+success mends it. A node whose incarnation was superseded is silent from then on; any other failure is tried again, and
+never reaches the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import grpc.aio
+
+from infinillm import rpc, wire
+from infinillm.core.ledger import Joined, Left, Lent, Placed, Released, Report, Reported, Returned, changes
+from infinillm.core.types import AttentionShape, Model, NodeId, Refused
+from infinillm.errors import InfinillmError, Stale, Unavailable
+from infinillm.protos import controller_pb2 as pb
+from infinillm.telemetry import log
+
+__all__ = ["Membership", "Report"]
+
+CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
+ANSWER_SECONDS = 2.0
+LEAVE_SECONDS = 1.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries while the controller is away
+NO_HEARTBEAT = 0.5  # until a controller has said otherwise
+
+
+class Membership:
+    """See the theory of operation above. `report` gives the node's books as they are now, taken in one go."""
+
+    def __init__(
+        self,
+        controller: str,
+        report: Callable[[], Report],
+        *,
+        model_name: str,
+        shape: AttentionShape,
+        max_position: int,
+        revision: str = "",
+    ):
+        self.address, self.report = controller, report
+        self.model = Model(model_name, shape, max_position, revision)
+        self.told: Report | None = None
+        self.epoch = 0
+        self.heartbeat_seconds = NO_HEARTBEAT
+        self.max_tokens = 0  # of the longest sequence this node could come to hold, by the last answer; 0: not known
+        self._channel: grpc.aio.Channel | None = None
+        self._speaking = asyncio.Lock()
+        self._over = asyncio.Event()
+        self._lost = False
+
+    async def run(self) -> None:
+        """Join and beat until `leave`; a failure is a pause, not an end."""
+        pause = FIRST_PAUSE
+        while not self._over.is_set():
+            try:
+                await self._speak()
+                wait, pause = self.heartbeat_seconds, FIRST_PAUSE
+            except InfinillmError as error:
+                self._fail(error)
+                wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
+            except Exception as defect:  # noqa: BLE001 a worker does not end because its controller confuses it
+                self._fail(InfinillmError(repr(defect)))
+                wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
+            await self._pause(wait)
+
+    async def creditors(self, blocks: int) -> list[tuple[NodeId, str, int]] | Refused:
+        """Who could lend: (node, address, blocks), best first."""
+        self.max_tokens = 0
+        request = pb.CreditorsRequest(node=self.report().node.id, blocks=blocks)
+        try:
+            answer = await self._client().Creditors(request, timeout=ANSWER_SECONDS)
+        except InfinillmError as error:
+            return Refused(error.message)
+        self.max_tokens = answer.max_tokens
+        if answer.refused:
+            return Refused(answer.refused)
+        return [(each.node, each.address, each.blocks) for each in answer.creditors]
+
+    async def capacity(self) -> int:
+        """Tokens of the longest sequence this node could come to hold, by the last `creditors`. Raises Unavailable."""
+        if not self.max_tokens:
+            raise Unavailable("the controller has not said how much the pool could hold")
+        return self.max_tokens
+
+    async def leave(self) -> None:
+        """Say goodbye, and say nothing after it. A controller that does not hear it notices the silence."""
+        self._over.set()
+        async with self._speaking:
+            node = self.report().node
+            request = pb.LeaveRequest(node=node.id, incarnation=node.incarnation)
+            if self.told is not None:
+                try:
+                    await self._client().Leave(request, timeout=LEAVE_SECONDS)
+                except InfinillmError as error:
+                    log("leave_failed", reason=error.message)
+            self.told = None
+            if self._channel is not None:
+                await self._channel.close()
+                self._channel = None
+
+    # --- speaking ------------------------------------------------------------------------------------------------
+
+    async def _speak(self) -> None:
+        async with self._speaking:
+            if self._over.is_set():
+                return
+            told, self.told = self.told, None  # until it is acknowledged
+            now = self.report()
+            if told is not None and await self._beat(told, now):
+                self.told = now
+            else:
+                await self._join(now)
+                self.told = now
+            if self._lost:
+                log("controller_found", controller=self.address, epoch=self.epoch)
+            self._lost = False
+
+    async def _beat(self, told: Report, now: Report) -> bool:
+        """Tell what changed; false where the controller does not know the node."""
+        request = pb.HeartbeatRequest(node=now.node.id, incarnation=now.node.incarnation, epoch=self.epoch)
+        clock = time.monotonic()
+        for event in changes(told, now):
+            match event:
+                case Reported(node):
+                    request.changed.CopyFrom(wire.node_to_wire(node))
+                case Lent(loan):
+                    request.lent.append(wire.loan_to_wire(loan, clock))
+                case Returned(_, loan_id):
+                    request.returned.append(loan_id)
+                case Placed(_, sequence, layout):
+                    request.placed.append(wire.layout_to_wire(sequence, layout))
+                case Released(_, sequence):
+                    request.released.append(sequence)
+                case Joined() | Left():
+                    raise AssertionError(event)
+        answer = await self._client().Heartbeat(request, timeout=ANSWER_SECONDS)
+        return bool(answer.known)
+
+    async def _join(self, now: Report) -> None:
+        clock = time.monotonic()
+        request = pb.JoinRequest(
+            node=wire.node_to_wire(now.node),
+            model=wire.model_to_wire(self.model),
+            loans=[wire.loan_to_wire(loan, clock) for loan in now.lent],
+            layouts=[wire.layout_to_wire(sequence, layout) for sequence, layout in now.layouts.items()],
+            epoch=self.epoch,
+        )
+        try:
+            answer = await self._client().Join(request, timeout=ANSWER_SECONDS)
+        except Stale:
+            self._over.set()
+            raise
+        self.epoch, self.heartbeat_seconds = answer.epoch, answer.heartbeat_seconds
+        log("member", controller=self.address, epoch=self.epoch, policy=answer.policy)
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._over.wait(), seconds)
+
+    def _fail(self, error: InfinillmError) -> None:
+        if self._over.is_set():
+            log("superseded", controller=self.address, reason=error.message)
+        elif not self._lost:
+            log("controller_lost", controller=self.address, reason=error.message)
+        self._lost = True
+
+    def _client(self) -> rpc.Client:
+        if self._channel is None:
+            self._channel = rpc.channel(self.address)
+        return rpc.Client(self._channel, CONTROLLER)
