@@ -13,6 +13,10 @@
 namespace {
 
 constexpr int MOST_BLOCK = 256;
+#define LEAD 32
+#ifndef AHEAD
+#define AHEAD 1
+#endif
 constexpr float NONE = -INFINITY;
 
 struct Question {
@@ -51,14 +55,13 @@ ALWAYS void weigh(const T *v, const float *p, const float *keep, float *acc, int
     vf sum[GQ][NV];
     for (int g = 0; g < GQ; g++)
         for (int i = 0; i < NV; i++) sum[g][i] = loadu<vf>(acc + g * dim + i * W) * keep[g];
-    for (int b = 0; b < n; b++, v += dim, ahead += dim) {
+    for (int b = 0; b < n; b++, v += dim, ahead += NV * W) {
         vf x[NV];
         if constexpr (NV == 1) {
             x[0] = one(v);
         } else {
             for (int i = 0; i < NV; i += 2) pair(v + i * W, x[i], x[i + 1]);
         }
-        for (unsigned line = 0; line < NV * W * sizeof(T); line += 64) fetch((const char *)ahead + line);
         for (int g = 0; g < GQ; g++)
             for (int i = 0; i < NV; i++) sum[g][i] += x[i] * p[g * MOST_BLOCK + b];
     }
@@ -85,6 +88,8 @@ void tile(const Question &ask, const T *k, const T *v, const T *k_ahead, const T
     alignas(64) float p[GQ * MOST_BLOCK];
     alignas(64) float keep[GQ];
     k += int64_t(first) * dim;
+    for (unsigned page = 0; page < ask.size * dim * sizeof(T); page += 4096)
+        for (int line = 0; line < LEAD; line++) fetch((const char *)k_ahead + page + line * 64);
     for (int b = 0; b < n; b += W)
         dots<T, GQ>(k + int64_t(b) * dim, n - b, q, dim, p + b, MOST_BLOCK, k_ahead + int64_t(b) * dim);
     for (int g = 0; g < GQ; g++) {
@@ -113,11 +118,13 @@ void tile(const Question &ask, const T *k, const T *v, const T *k_ahead, const T
         }
         storeu(total + g * W, mass);
     }
+    for (unsigned page = 0; page < ask.size * dim * sizeof(T); page += 4096)
+        for (int line = 0; line < LEAD; line++) fetch((const char *)v_ahead + page + line * 64);
     v += int64_t(first) * dim;
     int i = 0;
-    for (; i + 4 * W <= dim; i += 4 * W) weigh<T, GQ, 4>(v + i, p, keep, acc + i, n, dim, v_ahead + i);
-    if (i + 2 * W <= dim) weigh<T, GQ, 2>(v + i, p, keep, acc + i, n, dim, v_ahead + i), i += 2 * W;
-    if (i < dim) weigh<T, GQ, 1>(v + i, p, keep, acc + i, n, dim, v_ahead + i);
+    for (; i + 4 * W <= dim; i += 4 * W) weigh<T, GQ, 4>(v + i, p, keep, acc + i, n, dim, v_ahead + i * n);
+    if (i + 2 * W <= dim) weigh<T, GQ, 2>(v + i, p, keep, acc + i, n, dim, v_ahead + i * n), i += 2 * W;
+    if (i < dim) weigh<T, GQ, 1>(v + i, p, keep, acc + i, n, dim, v_ahead + i * n);
 }
 
 template <class T> void walk(const Question &ask, const Work &work, int start, int stop, float *q, State state) {
@@ -135,16 +142,16 @@ template <class T> void walk(const Question &ask, const Work &work, int start, i
     for (int e = start; e < stop; e++) {
         const T *k = (const T *)ask.k + ask.blocks[e] * ask.k_stride;
         const T *v = (const T *)ask.v + ask.blocks[e] * ask.v_stride;
-        const int next = ask.blocks[e + 1 < stop ? e + 1 : e];
-        const T *k_next = (const T *)ask.k + next * ask.k_stride, *v_next = (const T *)ask.v + next * ask.v_stride;
         for (int j = 0; j < M; j++) {
             const int64_t p = ask.positions[row + j / group], first = ask.firsts[e];
             low[j] = ask.window > 0 ? int(std::clamp<int64_t>(p - ask.window + 1 - first, 0, size)) : 0;
             high[j] = int(std::clamp<int64_t>(p + 1 - first, 0, size));
         }
         for (int kv = 0; kv < ask.kv_heads; kv++) {
-            const bool last = kv + 1 == ask.kv_heads;
-            const T *k_ahead = last ? k_next : k + (kv + 1) * step, *v_ahead = last ? v_next : v + (kv + 1) * step;
+            const int then = kv + AHEAD, block = ask.blocks[std::min(e + then / ask.kv_heads, stop - 1)];
+            const int64_t there = then % ask.kv_heads * step;
+            const T *k_ahead = (const T *)ask.k + block * ask.k_stride + there;
+            const T *v_ahead = (const T *)ask.v + block * ask.v_stride + there;
             for (int j = 0; j < M; j += at_once) {
                 const int64_t at = int64_t(kv) * M + j;
                 float *acc = state.acc + at * dim, *top = state.top + at, *total = state.total + at * W;

@@ -220,15 +220,12 @@ ALWAYS void dots(const T *row, int count, const float *q, int n, float *out, int
         if (time * NB >= count) break;
         const T *rows[NB];
         for (int b = 0; b < NB; b++) rows[b] = row + int64_t(time * NB + b < count ? time * NB + b : count - 1) * n;
-        const T *next = ahead + int64_t(time) * NB * n;
         vf acc[GQ][NB] = {};
         int i = 0;
         for (; i + 2 * W <= n; i += 2 * W) {
             for (int b = 0; b < NB; b++) {
                 vf x, y;
                 pair(rows[b] + i, x, y);
-                fetch(next + b * n + i);
-                if (sizeof(T) * 2 * W > 64) fetch(next + b * n + i + W);
                 for (int g = 0; g < GQ; g++) {
                     acc[g][b] += x * loadu<vf>(q + g * n + i);
                     acc[g][b] += y * loadu<vf>(q + g * n + i + W);

@@ -1,0 +1,172 @@
+"""How long decisions take: the ledger and the policies over 1,000 nodes, a step's schedule and plan over 512 sequences.
+
+    OMP_NUM_THREADS=1 python bench/decisions.py [--repeats 300] [--out bench/results/decisions.json]
+
+Milliseconds per call, median and 99th percentile; the aim is 3 ms each. The ledger has 1,000 nodes of 4,000 blocks,
+2,000 loans and 64,000 sequences; the pass has 512 running sequences of 8,192 tokens, a quarter of them spread over
+three nodes. `check` is no decision: it is the laws over everything, once per heartbeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from infinillm.core.cost import Cost, Dense, Device, Link
+from infinillm.core.layout import plan
+from infinillm.core.ledger import (
+    Joined,
+    Lent,
+    Placed,
+    Report,
+    Reported,
+    apply,
+    apply_all,
+    changes,
+    check,
+    expecting,
+    rebuild,
+)
+from infinillm.core.policy import POLICIES
+from infinillm.core.request import Request, Sampling, Sequence
+from infinillm.core.scheduler import Budget, schedule
+from infinillm.core.types import AttentionShape, Ledger, Loan, Node, Span
+
+NODES, LOANS, SEQUENCES_EACH = 1000, 2000, 64
+BLOCK, LENGTH, RUNNING = 16, 8192, 512
+AIM_MS = 3.0
+
+SHAPE = AttentionShape(32, 8, 128, BLOCK, "bfloat16", 128**-0.5, (0,) * 32)
+DEVICE = Device("H100", 80e9, 3.35e12, 989e12, 0.80, 0.85, 0.60, 12e-6, 10e-6, 3e-6)
+COST = Cost(DEVICE, Link("400G RoCE, NCCL", 67e-6, 0.71 * 50e9), Dense(218_103_808, 525_336_576, 2), SHAPE)
+
+
+def books(rng: random.Random) -> list[Report]:
+    """What 1,000 nodes know of themselves: half of them short of blocks, each with loans to two others."""
+    reports = []
+    for i in range(NODES):
+        name = f"worker-{i}"
+        lent = tuple(
+            Loan(f"{name}>worker-{(i + k) % NODES}", name, f"worker-{(i + k) % NODES}", rng.randrange(1, 200), 1e9)
+            for k in range(1, 1 + LOANS // NODES)
+        )
+        node = Node(
+            name,
+            "1",
+            f"10.0.{i // 250}.{i % 250}:7001",
+            blocks=4000,
+            lendable=3600,
+            used=rng.randrange(0, 3600),
+            running=rng.randrange(0, 64),
+        )
+        layouts = {
+            f"{name}-{s}": (Span(name, 0, 4096), Span(f"worker-{(i + 1) % NODES}", 4096, 5000))
+            for s in range(SEQUENCES_EACH)
+        }
+        reports.append(Report(node, lent, layouts))
+    return reports
+
+
+def running_sequences() -> tuple[list[Sequence], dict[str, int]]:
+    """512 sequences in decode, each needing one more token; and the room on four nodes."""
+    sequences = []
+    for i in range(RUNNING):
+        request = Request(f"s{i}", tuple(range(LENGTH)), Sampling(max_tokens=512), arrival=float(i))
+        sequence = Sequence(request, [*request.prompt, 7], state="running", done=((0, LENGTH),))
+        third = LENGTH // 3 // BLOCK * BLOCK
+        stops = [third, 2 * third, LENGTH + (BLOCK if i % 2 else 0)]
+        spans = [Span(node, a, b) for node, a, b in zip(("home", "b", "c"), [0, *stops], stops, strict=False)]
+        sequence.layout = tuple(spans) if i % 4 == 0 else (Span("home", 0, stops[-1]),)
+        sequences.append(sequence)
+    return sequences, {"home": 100, "b": 500, "c": 500, "d": 500}
+
+
+def measure(call: Callable[[], object], repeats: int) -> dict[str, float]:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    return {"median_ms": round(statistics.median(times), 4), "p99_ms": round(times[int(len(times) * 0.99)], 4)}
+
+
+def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], object]]:
+    node = ledger.nodes["worker-500"]
+    loan = ledger.loans["worker-500>worker-501"]
+    report = reports[500]
+    later = Report(
+        replace(report.node, used=1234, running=7),
+        (replace(report.lent[0], until=2e9), report.lent[1]),
+        {name: (*layout[:-1], replace(layout[-1], stop=5001)) for name, layout in report.layouts.items()},
+    )
+    beat = changes(report, later)
+    promised = {f"worker-{i}": (20, 1) for i in range(64)}
+    calls: dict[str, Callable[[], object]] = {
+        "apply Reported": lambda: apply(ledger, Reported(replace(node, used=7))),
+        "apply Lent": lambda: apply(ledger, Lent(replace(loan, blocks=77))),
+        "apply Placed": lambda: apply(ledger, Placed("worker-500", "worker-500-3", (Span("worker-500", 0, 16),))),
+        "apply Joined": lambda: apply(ledger, Joined(report)),
+        f"apply a beat of {len(beat)} events": lambda: apply_all(ledger, beat),
+        "changes of a beat": lambda: changes(report, later),
+        "check": lambda: check(ledger),
+    }
+    for policy in POLICIES.values():
+        calls |= {
+            f"route {policy.name}": lambda p=policy: p.route(expecting(ledger, promised), 4000, 5000, BLOCK, ()),
+            f"capacity {policy.name}": lambda p=policy: p.capacity(ledger, BLOCK),
+            f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, "worker-500", 8000),
+            f"plan {policy.name}": lambda p=policy: p.plan(ledger, COST),
+        }
+    sequences, room = running_sequences()
+    budget = Budget(tokens=2048, sequences=RUNNING, block_size=BLOCK)
+    step = schedule(1, sequences, [], room, budget, matches={}, patient=True)
+    assert len(step.chunks) == RUNNING
+    assert step.grow
+    layouts = {sequence.id: sequence.layout for sequence in sequences}
+    return calls | {
+        f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, matches={}, patient=True),
+        f"plan of a step, {RUNNING} running": lambda: plan(step, layouts),
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--repeats", type=int, default=300)
+    options.add_argument("--out", type=Path, default=None)
+    chosen = options.parse_args()
+    reports = books(random.Random(0))
+    ledger = rebuild(1, reports)
+    check(ledger)
+    gc.freeze()
+    rows = {}
+    for name, call in decisions(ledger, reports).items():
+        rows[name] = measure(call, chosen.repeats)
+        print(f"{name:36s} {rows[name]['median_ms']:8.3f} ms   p99 {rows[name]['p99_ms']:8.3f} ms", flush=True)
+    if chosen.out:
+        about = {
+            "command": f"OMP_NUM_THREADS=1 python bench/decisions.py --repeats {chosen.repeats} --out {chosen.out}",
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "nodes": NODES,
+            "loans": LOANS,
+            "sequences": NODES * SEQUENCES_EACH,
+            "aim_ms": AIM_MS,
+            "decisions": rows,
+        }
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(about, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""The gateway among failing workers, leaving clients and an absent controller; its gRPC face; its end."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from infinillm import rpc
+from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, TooLong, Unavailable
+from infinillm.protos import inference_pb2 as pb
+from infinillm.servers import inference
+from infinillm.servers.inference_service import INFERENCE
+from tests.servers.fake_shard import CONTROLLER, LOCALHOST, MODEL, TEXT, WAIT_SECONDS, Site, encode, settings, sites
+
+ASKED: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 200}
+PATH = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    yield from sites(tmp_path_factory.mktemp("talker"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh(site: Site) -> None:
+    site.reset()
+
+
+def events(lines: Iterator[str]) -> Iterator[Any]:
+    """The JSON of a stream, [DONE] as None, comments as text."""
+    for line in lines:
+        if line.startswith("data: "):
+            yield None if line == "data: [DONE]" else json.loads(line[6:])
+        elif line:
+            yield line
+
+
+# --- clients that leave, or are slow --------------------------------------------------------------------------------
+
+
+def test_leaving_a_stream_cancels_it_everywhere(site: Site) -> None:
+    site.change(hold_after=2)
+    with site.http.stream("POST", PATH, json={**ASKED, "n": 3, "stream": True}) as answer:
+        next(answer.iter_lines())
+        site.until(lambda: len(site.ended) == 3)
+    site.until(lambda: list(site.ended.values()) == ["cancelled"] * 3)
+
+
+def test_leaving_before_the_first_token_cancels(site: Site) -> None:
+    site.change(hold_after=0)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
+        assert answer.status_code == 200  # the headers come early
+        assert answer.headers["x-request-id"].startswith("cmpl-")
+    site.until(lambda: list(site.ended.values()) == ["cancelled"])
+
+
+def test_leaving_without_a_stream_cancels(site: Site) -> None:
+    site.change(hold_after=2)
+    body = json.dumps(ASKED).encode()
+    host, port = site.gateway.http_address.split(":")
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as line:
+        line.sendall(head.encode() + body)
+        site.until(lambda: list(site.ended.values()) == ["running"])
+    site.until(lambda: list(site.ended.values()) == ["cancelled"])
+
+
+def test_a_client_that_does_not_read_blocks_nobody(site: Site) -> None:
+    site.change(script=lambda prompt: encode("word ") * 60, batch=1)
+    body = json.dumps({**ASKED, "max_tokens": 480, "n": 16, "stream": True, "ignore_eos": True}).encode()
+    host, port = site.gateway.http_address.split(":")
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.sendall(head.encode() + body)
+        site.until(lambda: len(site.ended) == 16)
+        assert site.http.post(PATH, json={**ASKED, "max_tokens": 3}).status_code == 200
+    site.until(lambda: "running" not in site.ended.values())
+
+
+def test_sixty_four_streams_at_once(site: Site) -> None:
+    site.change(script=lambda prompt: encode("é🦊, ") * len(prompt), hold_after=3)
+
+    async def one(client: openai.AsyncOpenAI, length: int) -> str:
+        stream = await client.completions.create(model=MODEL, prompt=[5] * length, max_tokens=400, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, 1 + i % 16) for i in range(64)))
+
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.extend(asyncio.run(all_of_them())))
+    thread.start()
+    site.until(lambda: len(site.ended) == 64)  # all run at the same time
+    assert set(site.ended.values()) == {"running"}
+    site.release()
+    thread.join(2 * WAIT_SECONDS)
+    assert texts == ["é🦊, " * (1 + i % 16) for i in range(64)]
+
+
+def test_a_comment_while_a_long_prompt_is_computed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infinillm.servers.openai_streams.PING_SECONDS", 0.01)
+    site.change(hold_after=0)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
+        heard = events(answer.iter_lines())
+        assert next(heard) == ": waiting"
+        site.release()
+        text = "".join(event["choices"][0]["text"] for event in heard if isinstance(event, dict))
+    assert text == TEXT
+
+
+def test_large_documents_are_tokenised_apart(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, threads = site.gateway.inference.tokenizer, []
+    kept = tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda *given: threads.append(threading.current_thread().name) or kept(*given)
+    )
+    site.http.post("/tokenize", json={"prompt": "word " * 600})
+    site.http.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]})
+    assert [name.partition("_")[0] for name in threads[:1]] == ["tokenise"]
+
+
+# --- workers that fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [Unavailable("gone"), Overloaded("the worker is shutting down")])
+def test_a_worker_lost_before_the_first_token_is_replaced(site: Site, failure: InfinillmError) -> None:
+    site.change(fail_after=0, failure=failure)
+    site.call(_recover(site, 0))
+    assert site.http.post(PATH, json=ASKED).json()["choices"][0]["text"] == TEXT
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
+        heard = [event["choices"][0]["text"] for event in events(answer.iter_lines()) if event]
+    assert "".join(heard) == TEXT
+    excluded = [list(request.exclude) for request in site.controller.routed if request.exclude]
+    assert excluded
+    assert all(exclude == ["worker-1"] for exclude in excluded)
+
+
+async def _recover(site: Site, index: int) -> None:
+    site.shards[index].fail_after = None
+
+
+def test_a_worker_that_is_not_there_is_replaced(site: Site) -> None:
+    with socket.socket() as nobody:
+        nobody.bind((LOCALHOST, 0))
+        there, site.shards[1].address = site.shards[1].address, f"{LOCALHOST}:{nobody.getsockname()[1]}"
+        try:
+            answers = [site.http.post(PATH, json=ASKED).status_code for _ in range(2)]
+        finally:
+            site.shards[1].address = there
+    assert answers == [200, 200]
+
+
+def test_when_all_workers_fail_the_reason_is_told(site: Site) -> None:
+    site.change(fail_after=0)
+    answer = site.http.post(PATH, json=ASKED)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "the worker is gone"
+
+
+@pytest.mark.parametrize("failure", [TooLong("too many blocks"), BadRequest("no", field="prompt")])
+def test_refusals_of_a_worker_are_final(site: Site, failure: InfinillmError) -> None:
+    site.change(fail_after=0, failure=failure)
+    answer = site.http.post(PATH, json={**ASKED, "stream": True})
+    assert answer.status_code == 400
+    assert len(site.asked) == 1
+
+
+def test_a_failure_in_the_middle_of_a_stream(site: Site) -> None:
+    site.change(fail_after=3)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
+        heard = list(events(answer.iter_lines()))
+    assert heard[-1] is None
+    assert heard[-2]["error"]["message"] == "the worker is gone"
+    assert len(site.asked) == 1
+    with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.APIError, match="gone"):
+            list(client.completions.create(**ASKED, stream=True))
+
+
+def test_a_failure_in_the_middle_without_a_stream(site: Site) -> None:
+    site.change(fail_after=3)
+    assert site.http.post(PATH, json=ASKED).status_code == 503
+
+
+def test_one_failing_choice_cancels_the_others(site: Site) -> None:
+    site.call(_split(site))
+    answer = site.http.post(PATH, json={**ASKED, "n": 2})
+    assert answer.status_code == 503
+    site.until(lambda: sorted(site.ended.values()) == ["cancelled", "failed"])
+
+
+async def _split(site: Site) -> None:
+    site.shards[0].fail_after, site.shards[1].hold_after = 2, 2
+
+
+def test_a_silent_worker_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SILENCE_SECONDS", 0.05)
+    site.change(hold_after=2)
+    answer = site.http.post(PATH, json=ASKED)
+    assert answer.status_code == 504
+    assert "said nothing" in answer.json()["error"]["message"]
+    site.until(lambda: list(site.ended.values()) == ["cancelled"])
+
+
+# --- a controller that is away --------------------------------------------------------------------------------------
+
+
+def test_requests_go_on_without_the_controller(site: Site) -> None:
+    site.change(hold_after=2)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as running:
+        heard = events(running.iter_lines())
+        next(heard)
+        port = int(site.controller_address.rpartition(":")[2])
+        site.call(site.servers[2].stop(0))
+        try:
+            site.release()
+            assert list(heard)[-1] is None
+            site.change(hold_after=None)
+            answers = [site.http.post(PATH, json=ASKED) for _ in range(4)]
+            assert [answer.status_code for answer in answers] == [200] * 4
+            assert all(shard.asked for shard in site.shards)  # they are spread all the same
+            assert site.http.post(PATH, json={**ASKED, "max_tokens": 5000}).status_code == 400
+            too_long = site.http.post(PATH, json={**ASKED, "prompt": [5] * 900, "max_tokens": 90})
+            assert too_long.status_code in {200, 400}
+            site.until(lambda: not site.gateway.pool.reachable)
+            assert site.http.get("/ready").status_code == 503
+            assert site.http.get("/v1/models").json()["data"][0]["max_model_len"] == 500
+            assert site.http.get("/v1/pool").status_code == 503
+        finally:
+            site.servers.pop()
+            site.call(site.serve([(CONTROLLER, site.controller)], port))
+    site.until(lambda: site.gateway.pool.reachable)
+    assert site.http.get("/ready").status_code == 200
+
+
+def test_without_any_snapshot_nothing_is_routed(site: Site) -> None:
+    last, site.gateway.pool.last = site.gateway.pool.last, None
+    site.controller.refusal = Unavailable("no worker is ready to serve")
+    try:
+        assert site.http.post(PATH, json=ASKED).status_code == 503
+    finally:
+        site.gateway.pool.last = last
+
+
+# --- gRPC -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def channel(site: Site) -> Iterator[grpc.Channel]:
+    with rpc.blocking_channel(site.gateway.grpc_address) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def client(channel: grpc.Channel) -> Any:
+    return rpc.BlockingClient(channel, INFERENCE)
+
+
+def test_generate_over_grpc(site: Site, client: Any) -> None:
+    site.change(cached=1)
+    parameters = pb.GenerateParameters(
+        max_tokens=200, temperature=0, stop=["🦊"], logprobs=1, logit_bias={5: -100}, stop_token_ids=[3], seed=4
+    )
+    answers = list(client.Generate(pb.GenerateRequest(text="Hi", parameters=parameters)))
+    assert "".join(answer.text for answer in answers) == TEXT.partition("🦊")[0]
+    assert [answer.finish_reason for answer in answers] == [*[""] * (len(answers) - 1), "stop"]
+    tokens = [token for answer in answers for token in answer.tokens]
+    assert tokens == encode(TEXT)[: len(tokens)]
+    last = answers[-1]
+    assert (last.prompt_tokens, last.completion_tokens, last.cached_tokens) == (len(encode("Hi")), len(tokens), 1)
+    assert [value.token for answer in answers for value in answer.logprobs] == tokens
+    sampling = site.asked[0].sampling
+    assert (sampling.temperature, sampling.seed, dict(sampling.logit_bias)) == (0, 4, {5: -100.0})
+
+
+def test_grpc_defaults_are_those_of_openai(site: Site, client: Any) -> None:
+    list(client.Generate(pb.GenerateRequest(model=MODEL, tokens=pb.TokenIds(ids=[5, 6]))))
+    sampling = site.asked[0].sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.HasField("seed")) == (16, 1.0, False)
+    assert list(site.asked[0].prompt) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.GenerateRequest(), "prompt"),
+        (pb.GenerateRequest(text=""), "prompt"),
+        (pb.GenerateRequest(tokens=pb.TokenIds(ids=[10**6])), "prompt"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(temperature=-1)), "temperature"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(temperature=float("nan"))), "temperature"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(top_p=2)), "top_p"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(stop=[""])), "stop"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(stop=["a"] * 17)), "stop"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(logprobs=21)), "logprobs"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(logit_bias={1: 1000})), "logit_bias"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(logit_bias={10**6: 1})), "logit_bias"),
+        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(stop_token_ids=[2**32 - 1])), "stop_token_ids"),
+    ],
+)
+def test_bad_input_over_grpc(site: Site, client: Any, request_: Any, field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        list(client.Generate(request_))
+    assert caught.value.field == field
+    assert not site.asked
+
+
+def test_other_refusals_over_grpc(client: Any) -> None:
+    with pytest.raises(NotFound):
+        list(client.Generate(pb.GenerateRequest(model="gpt", text="a")))
+    with pytest.raises(TooLong):
+        list(client.Generate(pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(max_tokens=600))))
+
+
+def test_malformed_protobuf(site: Site, channel: grpc.Channel, client: Any) -> None:
+    raw = channel.unary_stream(f"/{INFERENCE.full_name}/Generate")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(raw(b"\xff\xff\xff", timeout=WAIT_SECONDS))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "".join(answer.text for answer in client.Generate(pb.GenerateRequest(text="a")))
+
+
+def test_leaving_over_grpc_cancels(site: Site, client: Any) -> None:
+    site.change(hold_after=2)
+    stream = client.Generate(pb.GenerateRequest(text="a"))
+    next(stream)
+    stream.cancel()
+    site.until(lambda: list(site.ended.values()) == ["cancelled"])
+
+
+def test_models_health_and_reflection(site: Site, channel: grpc.Channel, client: Any) -> None:
+    (card,) = client.ListModels(pb.ListModelsRequest(), timeout=WAIT_SECONDS).models
+    assert (card.id, card.max_tokens) == (MODEL, 500)
+    health = rpc.BlockingClient(channel, rpc.HEALTH)
+
+    watch = health.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=WAIT_SECONDS)
+    assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
+    watch.cancel()
+    names = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert INFERENCE.full_name in names
+    found = DescriptorPool(ProtoReflectionDescriptorDatabase(channel)).FindServiceByName(INFERENCE.full_name)
+    assert [method.name for method in found.methods] == ["Generate", "ListModels"]
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(site: Site) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    code = (
+        "import asyncio, json, sys; from pathlib import Path; from infinillm import config; "
+        "from infinillm.servers import gateway; "
+        "asyncio.run(gateway.run(config.Gateway(**json.loads(sys.argv[1]))))"
+    )
+    given = settings(site.folder, site.controller_address)
+    chosen = {name: getattr(given, name) for name in ("model", "controller", "port", "grpc_port", "served_model_name")}
+    root = Path(__file__).parents[2]
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(chosen)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ},
+    )
+    assert started.stdout is not None
+    try:
+        yield started, json.loads(started.stdout.readline())
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait(WAIT_SECONDS)
+        started.stdout.close()
+
+
+def test_the_process_drains(site: Site, process: tuple[subprocess.Popen[str], dict[str, str]]) -> None:
+    started, ready = process
+    assert ready["ready"] == "gateway"
+    assert ready["grpc"].startswith(f"{LOCALHOST}:")
+    site.change(hold_after=3)
+    url = f"http://{ready['http']}"
+    with httpx.stream("POST", f"{url}{PATH}", json={**ASKED, "stream": True}, timeout=WAIT_SECONDS) as answer:
+        heard = events(answer.iter_lines())
+        next(heard)
+        started.send_signal(signal.SIGTERM)
+        site.until(lambda: _refuses(ready["http"]))  # it takes nothing new
+        site.release()
+        assert list(heard)[-1] is None  # and finishes what it has
+    assert started.wait(WAIT_SECONDS) == 0
+
+
+def _refuses(address: str) -> bool:
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_second_signal_ends_it_at_once(site: Site, process: tuple[subprocess.Popen[str], dict[str, str]]) -> None:
+    started, ready = process
+    site.change(hold_after=3)
+    url = f"http://{ready['http']}{PATH}"
+    with httpx.stream("POST", url, json={**ASKED, "stream": True}, timeout=WAIT_SECONDS) as answer:
+        next(events(answer.iter_lines()))
+        started.send_signal(signal.SIGTERM)
+        site.until(lambda: _refuses(ready["http"]))
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(WAIT_SECONDS) == 0
+    site.until(lambda: list(site.ended.values()) == ["cancelled"])
+
+
+def test_a_taken_port_is_told(site: Site) -> None:
+    with pytest.raises(BadRequest, match="cannot listen"):
+        taken = int(site.gateway.http_address.rpartition(":")[2])
+        site.call(_start(settings(site.folder, site.controller_address, port=taken)))
+    with pytest.raises(BadRequest, match="--controller"):
+        site.call(_start(settings(site.folder, "")))
+
+
+async def _start(given: Any) -> None:
+    from infinillm.servers.gateway import Gateway
+
+    await Gateway(given).start()
