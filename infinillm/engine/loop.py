@@ -154,8 +154,9 @@ class Engine:
 
     def turn(self) -> bool:
         """One turn of the loop; returns whether anything was computed."""
-        step = self.decide()
-        self.commit(step)
+        with self.memory.lock, self.lenders.lock:  # nothing is lent or given back between a decision and its books
+            step = self.decide()
+            self.commit(step)
         self._wish(step)
         if not step.chunks:
             self._tell_load(step)
@@ -174,16 +175,16 @@ class Engine:
         return True
 
     def decide(self) -> Step:
+        """The next step. The caller holds the locks of memory and lenders."""
         self._step += 1
-        with self.memory.lock:
-            waiting = self.waiting[:MOST_ADMITTED]
-            matches = {sequence.id: self._match(sequence) for sequence in waiting}
-            room = {self.node: self.memory.blocks.room, **self.lenders.room()}
-            patient = not self._denied
-            return schedule(self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient)
+        waiting = self.waiting[:MOST_ADMITTED]
+        matches = {sequence.id: self._match(sequence) for sequence in waiting}
+        room = {self.node: self.memory.blocks.room, **self.lenders.room()}
+        patient = not self._denied
+        return schedule(self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient)
 
     def commit(self, step: Step) -> None:
-        """The only place where a decision changes sequences and books."""
+        """The only place where a decision changes sequences and books. The caller still holds the locks."""
         size = self.budget.block_size
         for seq in step.preempt:
             sequence = self.sequences[seq]
@@ -193,25 +194,24 @@ class Engine:
             self.waiting.insert(0, sequence)
             self.metrics.add("preemptions_total")
             log("preempted", request=seq, tokens=sequence.length)
-        with self.memory.lock:
-            for seq in step.admit:
-                sequence = self.sequences[seq]
-                start = next(chunk.start for chunk in step.chunks if chunk.seq == seq)
-                self.waiting.remove(sequence)
-                self.running.append(sequence)
-                sequence.pass_through("admit")
-                sequence.cached = start
-                if start:
-                    self.memory.blocks.share(seq, self.names[seq][: start // size])
-                    sequence.done = ((0, start),)
-                    sequence.layout = (Span(self.node, 0, start),)
-                    self.metrics.add("prompt_tokens_cached_total", start)
-            for grow in step.grow:
-                if grow.node == self.node:
-                    refused = self.memory.blocks.grow(grow.seq, grow.first, grow.blocks)
-                    assert refused is None, refused
-                else:
-                    self.lenders.grow(grow)
+        for seq in step.admit:
+            sequence = self.sequences[seq]
+            start = next(chunk.start for chunk in step.chunks if chunk.seq == seq)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.pass_through("admit")
+            sequence.cached = start
+            if start:
+                self.memory.blocks.share(seq, self.names[seq][: start // size])
+                sequence.done = ((0, start),)
+                sequence.layout = (Span(self.node, 0, start),)
+                self.metrics.add("prompt_tokens_cached_total", start)
+        for grow in step.grow:
+            if grow.node == self.node:
+                refused = self.memory.blocks.grow(grow.seq, grow.first, grow.blocks)
+                assert refused is None, refused
+            else:
+                self.lenders.grow(grow)
         for seq in {grow.seq for grow in step.grow}:
             sequence = self.sequences[seq]
             sequence.layout = grown(sequence.layout, [g for g in step.grow if g.seq == seq], size)

@@ -121,27 +121,27 @@ class Lenders:
         self.node, self.incarnation, self.memory = node, incarnation, memory
         self.lanes, self.port_kind, self.metrics = lanes, port_kind, metrics
         self.accounts: dict[NodeId, Lender] = {}
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
 
     # --- accounts, called by the engine --------------------------------------------------------------------------
 
     def room(self) -> dict[NodeId, int]:
-        with self._lock:
+        with self.lock:
             return {node: lender.room for node, lender in self.accounts.items()}
 
     @property
     def borrowed(self) -> int:
-        with self._lock:
+        with self.lock:
             return sum(lender.blocks for lender in self.accounts.values())
 
     def grow(self, grow: Grow) -> None:
-        with self._lock:
+        with self.lock:
             used = self.accounts[grow.node].used
             used[grow.seq] = used.get(grow.seq, 0) + grow.blocks
 
     def release(self, seq: SeqId) -> None:
         """Give the blocks of a sequence back to the loans they came from."""
-        with self._lock:
+        with self.lock:
             touched = [lender for lender in self.accounts.values() if lender.used.pop(seq, 0)]
             for lender in touched:
                 lender.idle_since = time.monotonic()
@@ -153,7 +153,7 @@ class Lenders:
 
     def conversation(self, node: NodeId) -> Conversation:
         """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost."""
-        with self._lock:
+        with self.lock:
             lender = self.accounts.get(node)
         if lender is None:
             raise NodeLost(f"no loan from {node}", node=node)
@@ -176,7 +176,7 @@ class Lenders:
 
     def drop(self, node: NodeId) -> None:
         """Forget a lender that was lost, and everything it held for us."""
-        with self._lock:
+        with self.lock:
             lender = self.accounts.pop(node, None)
         if lender is not None and lender.conversation is not None:
             lender.conversation.close()
@@ -210,25 +210,27 @@ class Lenders:
                 await self._return(address, loan, asked)
             return Refused("; ".join(reasons) or f"{total} of {least} blocks could be borrowed")
         for node, address, loan, asked in got:
-            with self._lock:
-                lender = self.accounts.setdefault(node, Lender(node, address, loan, 0))
+            opened = None
+            if node not in self.accounts:  # the engine may use blocks as soon as it sees them
+                try:
+                    opened = await asyncio.to_thread(self._open, node, address)
+                except InfinillmError as error:
+                    await self._return(address, loan, asked)
+                    total -= asked
+                    reasons.append(f"{node}: {error.message}")
+                    continue
+            with self.lock:
+                lender = self.accounts.setdefault(node, Lender(node, address, loan, 0, conversation=opened))
                 lender.blocks += asked
                 lender.idle_since = time.monotonic()
             self.metrics.add("loan_operations_total", operation="borrow")
             log("borrowed", lender=node, blocks=asked, total=lender.blocks)
-            if lender.conversation is None:
-                try:
-                    lender.conversation = await asyncio.to_thread(self._open, node, address)
-                except InfinillmError as error:
-                    self.drop(node)
-                    await self._return(address, loan, 0)
-                    return Refused(f"{node}: {error.message}")
-        return total
+        return total if total >= least else Refused("; ".join(reasons))
 
     async def give_back_idle(self, idle_seconds: float) -> None:
         """Return what no sequence uses: the whole loan of a lender idle for a while."""
         now = time.monotonic()
-        with self._lock:
+        with self.lock:
             idle = [x for x in self.accounts.values() if not x.used and now - x.idle_since >= idle_seconds]
             for lender in idle:
                 del self.accounts[lender.node]
@@ -239,20 +241,20 @@ class Lenders:
                 await asyncio.to_thread(lender.conversation.close)
 
     def renew(self) -> None:
-        with self._lock:
+        with self.lock:
             lenders = list(self.accounts.values())
         for lender in lenders:
             if lender.conversation is not None:
                 lender.conversation.renew()
 
     def measure(self) -> None:
-        with self._lock:
+        with self.lock:
             open_now = [x.conversation for x in self.accounts.values() if x.conversation is not None]
         for conversation in open_now:
             conversation.measure(self.metrics)
 
     async def close(self) -> None:
-        with self._lock:
+        with self.lock:
             lenders, self.accounts = list(self.accounts.values()), {}
         for lender in lenders:
             await self._return(lender.address, lender.loan, 0)
