@@ -21,7 +21,7 @@ from infinillm.engine.loop import Borrowed, Engine, Output, Submit
 from infinillm.engine.runner import Runner
 from infinillm.model.decoder import Decoder
 from infinillm.pool.answer import POOL, PoolService
-from infinillm.pool.ask import Lenders
+from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 from infinillm.transport.lanes import Lanes

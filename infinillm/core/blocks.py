@@ -105,7 +105,14 @@ class Blocks:
             holding.blocks.append(block)
 
     def grow(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
-        """Hold `blocks` more for positions from `first` on; refused whole where there is no room for all."""
+        """Hold `blocks` for positions from `first` on; refused whole where there is no room for all.
+
+        What is held already stays as it is: a plan that is told twice grows once.
+        """
+        held = self._holdings.get((owner, seq))
+        have = set(held.firsts) if held is not None else ()
+        firsts = [at for at in range(first, first + blocks * self.block_size, self.block_size) if at not in have]
+        blocks = len(firsts)
         room = self.room
         loan = self.loans.get(owner)
         if owner != OWN:
@@ -113,8 +120,8 @@ class Blocks:
         if blocks > room:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
         holding = self._holdings.setdefault((owner, seq), Holding())
-        for i in range(blocks):
-            self._insert(holding, first + i * self.block_size, self._take())
+        for at in firsts:
+            self._insert(holding, at, self._take())
         if loan is not None and owner != OWN:
             self.loans[owner] = replace(loan, used=loan.used + blocks)
         return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
@@ -21,11 +21,12 @@ from infinillm.core.blocks import prefix_hashes
 from infinillm.core.layout import filled, grown, plan, without
 from infinillm.core.request import FINISHED, Request, Sequence
 from infinillm.core.scheduler import Budget, Match, need, schedule
-from infinillm.core.types import Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
+from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.runner import Runner, told_logprob
 from infinillm.errors import InfinillmError, NodeLost, Overloaded, TooLong
 from infinillm.model.sampler import Choice
-from infinillm.pool.ask import Lenders, PooledAttention
+from infinillm.pool.ask import PooledAttention
+from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
 
@@ -118,6 +119,7 @@ class Engine:
         self.last_step = time.monotonic()
         self.failure: BaseException | None = None
         self._step = 0
+        self._again: tuple[Grow, ...] = ()  # what nodes of a failed pass may not have heard
         self._asking = False
         self._ask_again = 0.0
         self._denied = False
@@ -163,11 +165,13 @@ class Engine:
             return False
         began = time.monotonic()
         try:
-            self.attend.begin(step.chunks, plan(step, {c.seq: self.sequences[c.seq].layout for c in step.chunks}))
+            told = replace(step, grow=(*self._again, *step.grow))
+            self.attend.begin(step.chunks, plan(told, {c.seq: self.sequences[c.seq].layout for c in step.chunks}))
             sampled, prompts = self.runner.run(step.chunks, self.sequences, self.attend)
         except NodeLost as lost:
             self._lose(lost, step)
             return False
+        self._again = ()
         outputs = self.append(step, sampled, prompts)
         self._count(step, time.monotonic() - began)
         self._tell_load(step)
@@ -330,6 +334,7 @@ class Engine:
         with self.memory.lock:
             self.memory.blocks.release(id)
         self.lenders.release(id)
+        self._again = tuple(g for g in self._again if g.seq != id)
 
     def _fail_all(self, error: InfinillmError) -> None:
         outputs = []
@@ -343,6 +348,7 @@ class Engine:
         log("node_lost", node=lost.node, reason=lost.message)
         self.lenders.reset(span.node for chunk in step.chunks for span in self.sequences[chunk.seq].layout)
         self.lenders.drop(lost.node)
+        self._again = tuple(g for g in (*self._again, *step.grow) if g.node not in (self.node, lost.node))
         for sequence in self.running:
             sequence.layout, gone = without(sequence.layout, lost.node)
             for span in gone:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from infinillm import wire
-from infinillm.core.types import AttentionShape, Loan, Node, NodeId, Plan, Refused
+from infinillm.core.types import AttentionShape, Loan, Node, NodeId, Plan, Refused, SeqId
 from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed
 from infinillm.pool.memory import Memory
 from infinillm.protos import pool_pb2 as pb
@@ -36,6 +36,10 @@ class _Over:
     """Said to a conversation's thread: no more plans will come."""
 
 
+class _Holds(tuple[SeqId, ...]):
+    """Said first: the sequences the borrower has blocks of here. What is held for others is let go."""
+
+
 @dataclass(eq=False)
 class Conversation:
     """What one borrower said, waiting for its thread."""
@@ -44,10 +48,12 @@ class Conversation:
     listener: Listener
     ended: asyncio.Future[str]
     opened: threading.Event = field(default_factory=threading.Event)
-    inbox: SimpleQueue[Plan | str | _Over] = field(default_factory=SimpleQueue)
+    inbox: SimpleQueue[Plan | _Holds | str | _Over] = field(default_factory=SimpleQueue)
     port: Port | None = None
+    closed: bool = False
 
     def close(self) -> None:
+        self.closed = True
         self.inbox.put(_Over())
         self.opened.set()
         self.listener.close()
@@ -62,9 +68,16 @@ def answer(memory: Memory, port: Port, talk: Conversation) -> str:
     last = 0
     with torch.inference_mode():
         while True:
-            match talk.inbox.get():
+            said = talk.inbox.get()
+            if talk.closed:
+                return "the conversation was ended"
+            match said:
                 case _Over():
                     return "the borrower left"
+                case _Holds():
+                    with memory.lock:
+                        for seq in set(memory.blocks.holders(talk.borrower)).difference(said):
+                            memory.blocks.release(seq, talk.borrower)
                 case str(seq):
                     with memory.lock:
                         memory.blocks.release(seq, talk.borrower)
@@ -127,6 +140,8 @@ class PoolService:
         with self.memory.lock:
             if self.incarnations.get(borrower, request.borrower_incarnation) != request.borrower_incarnation:
                 self._forget(borrower, "the borrower restarted")
+            elif not request.loan:
+                self._forget(borrower, "the borrower knows of no loan")
             self.incarnations[borrower] = request.borrower_incarnation
             result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds)
         if isinstance(result, Refused):
@@ -173,6 +188,7 @@ class PoolService:
         if difference := _difference(theirs, ours):
             raise BadRequest(f"the node's {difference}", field="shape")
         kind = choose(request.kind or self.port_kind, host_key(), request.host_key)
+        await self._settle(request.borrower)
         listener = self.lanes.listen(kind)
         name = secrets.token_hex(16)
         loop = asyncio.get_running_loop()
@@ -184,14 +200,23 @@ class PoolService:
         thread.start()
         return pb.OpenPortResponse(conversation=name, kind=kind, ticket=listener.ticket)
 
+    async def _settle(self, borrower: NodeId) -> None:
+        """End the borrower's earlier conversations, and wait until their threads have: there is one at a time."""
+        earlier = [talk for talk in self.conversations.values() if talk.borrower == borrower]
+        for talk in earlier:
+            talk.close()
+        if earlier:
+            await asyncio.wait([talk.ended for talk in earlier], timeout=self.patience)
+
     async def Converse(
         self, requests: AsyncIterator[pb.ConverseRequest], call: Any
     ) -> AsyncIterator[pb.ConverseResponse]:
         first = await anext(requests, None)
-        name = first.open if first is not None else ""
+        name = first.open.conversation if first is not None else ""
         talk = self.conversations.get(name)
-        if talk is None:
+        if first is None or talk is None:
             raise NotFound(f"no conversation {name!r} was opened here", field="open")
+        talk.inbox.put(_Holds(first.open.sequences))
         talk.opened.set()
         listening = asyncio.create_task(self._listen(requests, talk))
         try:
@@ -234,7 +259,7 @@ class PoolService:
             self.conversations.pop(name, None)
             self.threads.discard(threading.current_thread())
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_settle, talk.ended, reason)
+                loop.call_soon_threadsafe(_tell, talk.ended, reason)
 
     async def Describe(self, request: pb.DescribeRequest, call: Any) -> pb.DescribeResponse:
         now = self.clock()
@@ -252,7 +277,7 @@ class PoolService:
             talk.close()
 
 
-def _settle(ended: asyncio.Future[str], reason: str) -> None:
+def _tell(ended: asyncio.Future[str], reason: str) -> None:
     if not ended.done():
         ended.set_result(reason)
 

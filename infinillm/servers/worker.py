@@ -28,7 +28,7 @@ from infinillm.model import files, sampler, weights
 from infinillm.model.decoder import Decoder
 from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.answer import POOL, PoolService
-from infinillm.pool.ask import Lenders
+from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.protos import shard_pb2 as pb
 from infinillm.servers.membership import Membership, Report

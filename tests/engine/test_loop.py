@@ -16,7 +16,7 @@ from infinillm.engine.loop import Borrowed, Cancel, Engine, Output, Submit
 from infinillm.errors import InfinillmError, Overloaded, TooLong
 from infinillm.kernels import reference
 from infinillm.model.sampler import Choice
-from infinillm.pool.ask import Lenders
+from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 

@@ -1,0 +1,297 @@
+"""The accounts of a borrower: which nodes lend us how many blocks, and the conversation with each.
+
+Theory of operation. `Lenders` keeps one `Lender` per node we borrow from: a loan (a number of blocks), a port for
+tensors and a stream for words. Blocks of a loan are used by sequences without asking again, because the lender has
+reserved them; the plan of the next step tells it. A conversation opens by saying which sequences have blocks there;
+the lender lets go of all others, so that whatever was lost with an earlier conversation is mended by the next.
+
+A lost lender is dropped with everything it held; the engine then sees holes in layouts, which are ordinary pending
+work. Should it turn out to be alive and lend again, it first forgets what it held for us: we say that we know of no
+loan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from infinillm import rpc, wire
+from infinillm.core.types import Grow, LoanId, NodeId, Plan, Refused, SeqId
+from infinillm.errors import InfinillmError, NodeLost
+from infinillm.pool.memory import Memory
+from infinillm.protos import pool_pb2 as pb
+from infinillm.telemetry import Metrics, log
+from infinillm.transport.base import Port
+from infinillm.transport.lanes import Lanes, host_key
+
+POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
+RPC_SECONDS = 5.0
+
+
+class Conversation:
+    """The borrower's end of one port and one stream of plans."""
+
+    def __init__(self, node: NodeId, address: str, name: str, port: Port, holding: Iterable[SeqId]):
+        self.node, self.port = node, port
+        self._counted = (0, 0)
+        self._closing = False
+        self._said: SimpleQueue[pb.ConverseRequest | None] = SimpleQueue()
+        self._channel = rpc.blocking_channel(address)
+        self._said.put(pb.ConverseRequest(open=pb.Open(conversation=name, sequences=holding)))
+        self._replies = rpc.BlockingClient(self._channel, POOL).Converse(iter(self._said.get, None))
+        self._reader = threading.Thread(target=self._read, name=f"hear-{node}", daemon=True)
+        self._reader.start()
+
+    def announce(self, plan: Plan) -> None:
+        self._said.put(pb.ConverseRequest(plan=wire.plan_to_wire(plan)))
+
+    def release(self, seq: SeqId) -> None:
+        self._said.put(pb.ConverseRequest(release=pb.Release(sequence=seq)))
+
+    def renew(self) -> None:
+        self._said.put(pb.ConverseRequest(renew=pb.Renew()))
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count the bytes the port carried since the last time."""
+        now = (self.port.sent_bytes, self.port.received_bytes)
+        for direction, new, old in zip(("sent", "received"), now, self._counted, strict=True):
+            metrics.add("port_bytes_total", new - old, peer=self.node, direction=direction, kind=self.port.kind)
+        self._counted = now
+
+    def close(self) -> None:
+        self._closing = True
+        self._said.put(None)
+        self.port.close()
+        self._replies.cancel()
+        self._channel.close()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout=RPC_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            for reply in self._replies:
+                if reply.WhichOneof("said") == "refused":
+                    log("conversation_refused", node=self.node, reason=reply.refused)
+                    break
+        except InfinillmError as error:
+            if not self._closing:
+                log("conversation_lost", node=self.node, reason=error.message)
+        finally:
+            self.port.close()  # wakes a step that waits for this node
+
+
+@dataclass(slots=True)
+class Lender:
+    """One node we borrow from."""
+
+    node: NodeId
+    address: str
+    loan: LoanId
+    blocks: int
+    used: dict[SeqId, int] = field(default_factory=dict)
+    conversation: Conversation | None = None
+    idle_since: float = 0.0
+
+    @property
+    def room(self) -> int:
+        return self.blocks - sum(self.used.values())
+
+
+class Lenders:
+    """All the nodes we borrow from. Accounts change under a lock; the network is never awaited with it held."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        incarnation: str,
+        memory: Memory,
+        *,
+        lanes: Lanes,
+        port_kind: str,
+        metrics: Metrics,
+    ):
+        self.node, self.incarnation, self.memory = node, incarnation, memory
+        self.lanes, self.port_kind, self.metrics = lanes, port_kind, metrics
+        self.accounts: dict[NodeId, Lender] = {}
+        self.lock = threading.RLock()
+        self._dealing = asyncio.Lock()  # one borrowing or returning at a time: both speak of whole loans
+
+    # --- accounts, called by the engine --------------------------------------------------------------------------
+
+    def room(self) -> dict[NodeId, int]:
+        with self.lock:
+            return {node: lender.room for node, lender in self.accounts.items()}
+
+    @property
+    def borrowed(self) -> int:
+        with self.lock:
+            return sum(lender.blocks for lender in self.accounts.values())
+
+    def grow(self, grow: Grow) -> None:
+        with self.lock:
+            used = self.accounts[grow.node].used
+            used[grow.seq] = used.get(grow.seq, 0) + grow.blocks
+
+    def release(self, seq: SeqId) -> None:
+        """Give the blocks of a sequence back to the loans they came from."""
+        with self.lock:
+            touched = [lender for lender in self.accounts.values() if lender.used.pop(seq, 0)]
+            for lender in touched:
+                lender.idle_since = time.monotonic()
+        for lender in touched:
+            if lender.conversation is not None:
+                lender.conversation.release(seq)
+
+    def conversation(self, node: NodeId) -> Conversation:
+        """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost."""
+        with self.lock:
+            lender = self.accounts.get(node)
+        if lender is None:
+            raise NodeLost(f"no loan from {node}", node=node)
+        if lender.conversation is None:
+            try:
+                lender.conversation = self._open(lender.node, lender.address, lender.used)
+            except InfinillmError as error:
+                raise NodeLost(error.message, node=node) from error
+        return lender.conversation
+
+    def reset(self, nodes: Iterable[NodeId]) -> None:
+        """End these conversations, not the loans: a step that failed half-way left them out of step."""
+        for node in nodes:
+            lender = self.accounts.get(node)
+            if lender is not None and lender.conversation is not None:
+                lender.conversation.close()
+                lender.conversation = None
+
+    def drop(self, node: NodeId) -> None:
+        """Forget a lender that was lost, and everything it held for us."""
+        with self.lock:
+            lender = self.accounts.pop(node, None)
+        if lender is not None and lender.conversation is not None:
+            lender.conversation.close()
+
+    # --- borrowing, called from the event loop -------------------------------------------------------------------
+
+    async def borrow(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
+        """Reserve `least` to `wanted` blocks: all or nothing, so nobody holds half.
+
+        Whoever lends us already is asked first, so that a sequence lies on few nodes; then the candidates as ranked.
+        """
+        async with self._dealing:
+            return await self._reserve(least, wanted, sorted(candidates, key=lambda each: each[0] not in self.accounts))
+
+    async def _reserve(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
+        got: list[tuple[NodeId, str, LoanId, int]] = []
+        reasons: list[str] = []
+        total = 0
+        for node, address, offered in candidates:
+            if total >= wanted:
+                break
+            asked = min(wanted - total, offered)
+            try:
+                answer = await self._lend(node, address, asked)
+            except InfinillmError as error:
+                answer = Refused(f"{node}: {error.message}")
+            if isinstance(answer, Refused):
+                reasons.append(answer.reason)
+                continue
+            got.append((node, address, answer, asked))
+            total += asked
+        if total < least:
+            for _, address, loan, asked in got:
+                await self._return(address, loan, asked)
+            return Refused("; ".join(reasons) or f"{total} of {least} blocks could be borrowed")
+        for node, address, loan, asked in got:
+            opened = None
+            if node not in self.accounts:  # the engine may use blocks as soon as it sees them
+                try:
+                    opened = await asyncio.to_thread(self._open, node, address, ())
+                except InfinillmError as error:
+                    await self._return(address, loan, asked)
+                    total -= asked
+                    reasons.append(f"{node}: {error.message}")
+                    continue
+            with self.lock:
+                lender = self.accounts.setdefault(node, Lender(node, address, loan, 0, conversation=opened))
+                lender.blocks += asked
+                lender.idle_since = time.monotonic()
+            self.metrics.add("loan_operations_total", operation="borrow")
+            log("borrowed", lender=node, blocks=asked, total=lender.blocks)
+        return total if total >= least else Refused("; ".join(reasons))
+
+    async def give_back_idle(self, idle_seconds: float) -> None:
+        """Return what no sequence uses: the whole loan of a lender idle for a while."""
+        async with self._dealing:
+            now = time.monotonic()
+            with self.lock:
+                idle = [x for x in self.accounts.values() if not x.used and now - x.idle_since >= idle_seconds]
+                for lender in idle:
+                    del self.accounts[lender.node]
+            await self._end(idle)
+
+    def renew(self) -> None:
+        with self.lock:
+            lenders = list(self.accounts.values())
+        for lender in lenders:
+            if lender.conversation is not None:
+                lender.conversation.renew()
+
+    def measure(self) -> None:
+        with self.lock:
+            open_now = [x.conversation for x in self.accounts.values() if x.conversation is not None]
+        for conversation in open_now:
+            conversation.measure(self.metrics)
+
+    async def close(self) -> None:
+        async with self._dealing:
+            with self.lock:
+                lenders, self.accounts = list(self.accounts.values()), {}
+            await self._end(lenders)
+
+    async def _end(self, lenders: Sequence[Lender]) -> None:
+        for lender in lenders:
+            log("gave_back", lender=lender.node, blocks=lender.blocks)
+            await self._return(lender.address, lender.loan, 0)
+            if lender.conversation is not None:
+                await asyncio.to_thread(lender.conversation.close)
+
+    # --- the wire ------------------------------------------------------------------------------------------------
+
+    async def _lend(self, node: NodeId, address: str, blocks: int) -> LoanId | Refused:
+        known = self.accounts.get(node)
+        request = pb.LendRequest(
+            borrower=self.node,
+            borrower_incarnation=self.incarnation,
+            blocks=blocks,
+            loan=known.loan if known is not None else "",
+        )
+        async with rpc.channel(address) as channel:
+            reply = await rpc.Client(channel, POOL).Lend(request, timeout=RPC_SECONDS)
+        return str(reply.loan.id) if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
+
+    async def _return(self, address: str, loan: LoanId, blocks: int) -> None:
+        try:
+            async with rpc.channel(address) as channel:
+                await rpc.Client(channel, POOL).Return(pb.ReturnRequest(loan=loan, blocks=blocks), timeout=RPC_SECONDS)
+        except InfinillmError as error:
+            log("return_failed", loan=loan, reason=error.message)  # it lapses by itself
+
+    def _open(self, node: NodeId, address: str, holding: Iterable[SeqId]) -> Conversation:
+        with rpc.blocking_channel(address) as channel:
+            reply = rpc.BlockingClient(channel, POOL).OpenPort(
+                pb.OpenPortRequest(
+                    borrower=self.node,
+                    borrower_incarnation=self.incarnation,
+                    shape=wire.shape_to_wire(self.memory.store.shape),
+                    kind=self.port_kind,
+                    host_key=host_key(),
+                ),
+                timeout=RPC_SECONDS,
+            )
+        port = self.lanes.connect(reply.ticket)
+        log("port_opened", node=node, kind=port.kind)
+        return Conversation(node, address, reply.conversation, port, holding)
