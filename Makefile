@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= torch>=2.11
+TORCH  ?= torch==2.13.0
 # Where a CPU build of torch is looked for when this machine has no NVIDIA GPU; empty: PyPI decides.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 # More options for every pip install, such as a mirror or a folder of wheels.
