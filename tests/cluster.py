@@ -17,7 +17,8 @@ from infinillm.core.blocks import Blocks
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import AttentionShape, Node, NodeId
-from infinillm.engine.loop import Borrowed, Engine, Output, Submit
+from infinillm.engine.loop import Engine
+from infinillm.engine.messages import Borrowed, Output, Submit
 from infinillm.engine.runner import Runner
 from infinillm.model.decoder import Decoder
 from infinillm.pool.answer import POOL, PoolService

@@ -19,7 +19,7 @@ from rich.text import Text
 from infinillm import config
 from infinillm.console.api import Api, Message
 from infinillm.console.progress import Progress
-from infinillm.console.top import bar, blocks_of, picture
+from infinillm.console.top import bar, blocks_of, console, picture
 from infinillm.core import policy
 from infinillm.core.types import Ledger, Node, Refused
 from infinillm.errors import BadRequest, InfinillmError
@@ -109,13 +109,13 @@ def drawn(seen: Seen) -> RenderableType:
     return Group(*rows)
 
 
-def view(seen: Seen) -> RenderableType:
+def view(seen: Seen, width: int) -> RenderableType:
     """The whole picture while the request runs."""
     spent = time.monotonic() - seen.since
     read = f"{min(seen.computed, seen.prompt):,} of {seen.prompt:,} tokens"
     doing = f"reading the document: {read}, {spent:.0f} s" if not seen.pieces else f"answering, {spent:.0f} s"
     answer = Text(seen.answer or "...", style="bold" if seen.answer else "dim")
-    return Group(Panel(answer, title=doing, title_align="left"), drawn(seen), picture(seen.pool), Text())
+    return Group(Panel(answer, title=doing, title_align="left"), drawn(seen), picture(seen.pool, width), Text())
 
 
 async def _ask(api: Api, settings: config.Demo, messages: Sequence[Message], seen: Seen) -> None:
@@ -133,20 +133,20 @@ async def _ask(api: Api, settings: config.Demo, messages: Sequence[Message], see
                     seen.place(sequence["spans"])
 
 
-async def _show(api: Api, console: Console, seen: Seen, asking: asyncio.Task[None], addresses: Sequence[str]) -> None:
+async def _show(api: Api, screen: Console, seen: Seen, asking: asyncio.Task[None], addresses: Sequence[str]) -> None:
     """Look at the pool and the workers' metrics while the request runs, and draw what is there."""
     told = time.monotonic()
-    with Live(view(seen), console=console, auto_refresh=False, transient=True) as live:
+    with Live(view(seen, screen.width), console=screen, auto_refresh=False, transient=True) as live:
         while not asking.done():
             seen.look(await api.pool())
             counts = await asyncio.gather(*(api.measured(each, "infinillm_step_tokens_sum") for each in addresses))
             seen.computed = int(sum(counts))
-            if console.is_terminal:
-                live.update(view(seen), refresh=True)
+            if screen.is_terminal:
+                live.update(view(seen, screen.width), refresh=True)
             elif time.monotonic() - told >= LINE_SECONDS:
                 told = time.monotonic()
                 read = f"{min(seen.computed, seen.prompt):,} of {seen.prompt:,} tokens"
-                console.print(f"  {told - seen.since:3.0f} s  {read}; blocks: {seen.placed}", highlight=False)
+                screen.print(f"  {told - seen.since:3.0f} s  {read}; blocks: {seen.placed}", highlight=False)
             await asyncio.wait([asking], timeout=LOOK_SECONDS)
     await asking
 
@@ -168,29 +168,27 @@ async def _settle(api: Api) -> Mapping[str, Any]:
         await asyncio.sleep(LOOK_SECONDS)
 
 
-def _outcome(console: Console, seen: Seen, kv_blocks: int) -> None:
-    console.print(Panel(Text(seen.answer.strip(), style="bold green"), title="answer", title_align="left"))
-    console.print(drawn(seen))
+def _outcome(screen: Console, seen: Seen, kv_blocks: int) -> None:
+    screen.print(Panel(Text(seen.answer.strip(), style="bold green"), title="answer", title_align="left"))
+    screen.print(drawn(seen))
     for loan in sorted(seen.loans, key=lambda loan: str(loan["lender"])):
-        console.print(
-            f"              {loan['lender']} lent {loan['borrower']} {loan['blocks']} blocks", highlight=False
-        )
+        screen.print(f"              {loan['lender']} lent {loan['borrower']} {loan['blocks']} blocks", highlight=False)
     prompt = int((seen.usage or {}).get("prompt_tokens") or seen.prompt)
     reading = seen.first - seen.since
-    console.print(
+    screen.print(
         f"\n  {prompt:,} tokens of prompt were read in {reading:.1f} s ({prompt / reading:,.0f} tokens/s); "
         f"one worker alone holds {kv_blocks * BLOCK_SIZE:,}.",
         highlight=False,
     )
     if seen.pieces > 1 and (tokens := int((seen.usage or {}).get("completion_tokens") or 0)) > 1:
         rate = (tokens - 1) / (seen.last - seen.first)
-        console.print(f"  The answer came at {rate:.1f} tokens/s, most of its K/V on other workers.", highlight=False)
+        screen.print(f"  The answer came at {rate:.1f} tokens/s, most of its K/V on other workers.", highlight=False)
 
 
-async def _play(settings: config.Demo, console: Console) -> None:
+async def _play(settings: config.Demo, screen: Console) -> None:
     began = time.monotonic()
     question, messages = asked(settings)
-    console.print(Rule("infinillm: one pool of K/V memory", style="cyan"))
+    screen.print(Rule("infinillm: one pool of K/V memory", style="cyan"))
     with Progress() as progress:
         prepare = config.Prepare(model=settings.model, cache_dir=settings.cache_dir)
         folder = await local.prepare(prepare, progress.say)
@@ -210,12 +208,12 @@ async def _play(settings: config.Demo, console: Console) -> None:
         )
         async with local.cluster(serve, progress.say, echo=False) as cluster, Api(cluster.url) as api:
             progress.end()
-            await _tell(api, console, settings, prompt, kv_blocks, question)
+            await _tell(api, screen, settings, prompt, kv_blocks, question)
             seen = Seen(prompt)
             asking = asyncio.create_task(_ask(api, settings, messages, seen))
             dying = asyncio.create_task(cluster.death())
             addresses = [worker["metrics"] for worker in cluster.addresses["workers"]]
-            showing = asyncio.create_task(_show(api, console, seen, asking, addresses))
+            showing = asyncio.create_task(_show(api, screen, seen, asking, addresses))
             try:
                 await asyncio.wait([showing, dying], return_when=asyncio.FIRST_COMPLETED)
                 if dying.done():
@@ -224,30 +222,30 @@ async def _play(settings: config.Demo, console: Console) -> None:
             finally:
                 for task in (asking, showing, dying):
                     task.cancel()
-            _outcome(console, seen, kv_blocks)
+            _outcome(screen, seen, kv_blocks)
             free, total = _room(await _settle(api))
-            console.print(f"  Afterwards {free:,} of {total:,} blocks are free again.", highlight=False)
-    console.print(Rule(f"done in {time.monotonic() - began:.0f} s; every process has ended", style="cyan"))
+            screen.print(f"  Afterwards {free:,} of {total:,} blocks are free again.", highlight=False)
+    screen.print(Rule(f"done in {time.monotonic() - began:.0f} s; every process has ended", style="cyan"))
 
 
-async def _tell(api: Api, console: Console, settings: config.Demo, prompt: int, kv_blocks: int, question: str) -> None:
+async def _tell(api: Api, screen: Console, settings: config.Demo, prompt: int, kv_blocks: int, question: str) -> None:
     """What is about to happen, with the numbers of this cluster."""
     pool = await api.pool()
     need = -(-prompt // BLOCK_SIZE)
-    console.print(
+    screen.print(
         f"\n  {settings.workers} workers, each with {kv_blocks} blocks of K/V memory, "
         f"{kv_blocks * BLOCK_SIZE:,} tokens.\n"
         f"  The document and the question are {prompt:,} tokens: {need} blocks, more than any worker has.",
         highlight=False,
     )
     if reason := refused_alone(pool, prompt, prompt + settings.max_tokens - 1):
-        console.print("  Without lending (--policy isolated) the same nodes would refuse it:", highlight=False)
-        console.print(f"    [red]{reason}[/]", highlight=False)
-    console.print(
+        screen.print("  Without lending (--policy isolated) the same nodes would refuse it:", highlight=False)
+        screen.print(f"    [red]{reason}[/]", highlight=False)
+    screen.print(
         f"  With lending the pool takes requests of up to {int(pool['max_tokens']):,} tokens.", highlight=False
     )
-    console.print(f"\n  [bold]{question}[/]\n", highlight=False)
+    screen.print(f"\n  [bold]{question}[/]\n", highlight=False)
 
 
 def run(settings: config.Demo) -> None:
-    asyncio.run(_play(settings, Console()))
+    asyncio.run(_play(settings, console()))

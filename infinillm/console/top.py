@@ -18,7 +18,9 @@ from infinillm.errors import Unavailable
 
 # A state of blocks, its colour and its glyph (for terminals without colours).
 STATES = (("used", "cyan", "█"), ("cached", "blue", "▓"), ("lent", "magenta", "▒"), ("free", "bright_black", "·"))
-BAR_WIDTH = 40
+BAR_WIDTH = 40  # at most; a narrow terminal gets less
+FIGURES_WIDTH = 82  # of the table without its bar
+PIPE_WIDTH = 120  # where there is no terminal to measure
 Node = Mapping[str, Any]
 
 
@@ -47,8 +49,18 @@ def legend() -> Text:
     return Text("   ").join(Text(f"{glyph} {state}", style=colour) for state, colour, glyph in STATES)
 
 
-def picture(pool: Mapping[str, Any]) -> RenderableType:
-    """The pool as the controller knows it: every node's blocks, the loans between them, who works on what."""
+def console() -> Console:
+    """Standard output, wide enough for the picture where nobody's terminal sets its width."""
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def picture(pool: Mapping[str, Any], width: int) -> RenderableType:
+    """The pool as the controller knows it: every node's blocks, the loans between them, who works on what.
+
+    `width` is the terminal's, in columns.
+    """
+    room = min(max(width - FIGURES_WIDTH, 6), BAR_WIDTH)
     nodes: Sequence[Node] = sorted(pool.get("nodes") or (), key=lambda node: str(node["id"]))
     table = Table(box=box.SIMPLE, pad_edge=False, expand=False)
     for title in ("node", "blocks"):
@@ -57,7 +69,7 @@ def picture(pool: Mapping[str, Any]) -> RenderableType:
         table.add_column(title, justify="right", no_wrap=True)
     for node in nodes:
         count = blocks_of(node)
-        drawn = bar([(count[state], colour, glyph) for state, colour, glyph in STATES])
+        drawn = bar([(count[state], colour, glyph) for state, colour, glyph in STATES], room)
         name = (
             str(node["id"])
             + ("" if node.get("serves") else " (memory)")
@@ -87,17 +99,17 @@ def _loan(loan: Mapping[str, Any]) -> Text:
 
 
 async def _watch(settings: config.Top) -> None:
-    console = Console()
+    screen = console()
     async with Api(settings.url) as api:
         seen = await api.pool()
         if settings.once:
-            console.print(picture(seen))
+            screen.print(picture(seen, screen.width))
             return
-        with Live(picture(seen), console=console, screen=True, auto_refresh=False) as live:
+        with Live(picture(seen, screen.width), console=screen, screen=True, auto_refresh=False) as live:
             while True:
                 await asyncio.sleep(settings.seconds)
                 try:
-                    live.update(picture(await api.pool()), refresh=True)
+                    live.update(picture(await api.pool(), screen.width), refresh=True)
                 except Unavailable as error:
                     live.update(Text(error.message, style="red"), refresh=True)
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from queue import Empty, SimpleQueue
-from typing import TypeAlias
 
 from infinillm.core.blocks import prefix_hashes
 from infinillm.core.layout import filled, grown, plan, without
-from infinillm.core.request import FINISHED, Request, Sequence
+from infinillm.core.request import FINISHED, Sequence
 from infinillm.core.scheduler import Budget, Match, need, schedule
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
+from infinillm.engine.messages import Borrowed, Cancel, Load, Message, Output, Stop, Submit
 from infinillm.engine.runner import Runner, told_logprob
 from infinillm.errors import InfinillmError, NodeLost, Overloaded, TooLong
 from infinillm.model.sampler import Choice
@@ -33,56 +33,6 @@ from infinillm.telemetry import Metrics, log
 RETRY_SECONDS = 0.25  # between two wishes to borrow that were refused
 MOST_ADMITTED = 8  # sequences in one step
 KEPT_PLACEMENTS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step brought for one request. The last one has a finish reason or an error."""
-
-    id: SeqId
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str = ""
-    stop_token: int | None = None
-    cached: int = 0
-    error: InfinillmError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    id: SeqId
-
-
-@dataclass(frozen=True, slots=True)
-class Borrowed:
-    """The answer to a wish: blocks, or why not. `final` says that no pool of this size could grant it."""
-
-    answer: int | Refused
-    final: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    pass
-
-
-Message: TypeAlias = Submit | Cancel | Borrowed | Stop
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the engine tells the process about itself."""
-
-    running: int = 0
-    waiting: int = 0
-    wanted: int = 0
-    layouts: dict[SeqId, Layout] = field(default_factory=dict)
 
 
 class Engine:

@@ -18,6 +18,7 @@ from infinillm.core.request import Sampling
 from infinillm.errors import BadRequest
 
 SHORTLIST = 1024  # a nucleus (top-p) is nearly always among so many best tokens; if not, all are sorted
+COLDEST = 1e-6  # temperatures below are as good as greedy
 NEVER = float("-inf")
 
 
@@ -139,51 +140,57 @@ def _penalise(scores: Tensor, row: Row) -> None:
 
 
 def _draw(scores: Tensor, rows: Sequence[Row]) -> list[int]:
-    """One token by chance for each row of scores [R, V]; rows with top-k or top-p apart from those without."""
-    heat = _column(scores, [row.sampling.temperature for row in rows])
-    wide = scores.to(torch.float64)
-    wide = (wide - wide.amax(-1, keepdim=True)) / heat  # 0 at the best token: no overflow, however cold
+    """One token by chance for each row of scores [R, V]; rows are grouped by what they ask, not by who is near."""
+    heat = _column(scores, [max(row.sampling.temperature, COLDEST) for row in rows], torch.float32)
+    wide = (scores - scores.amax(-1, keepdim=True)) / heat  # 0 at the best token: no overflow, however cold
     if any(row.sampling.min_p > 0.0 for row in rows):
         floor = [math.log(row.sampling.min_p) if row.sampling.min_p > 0.0 else NEVER for row in rows]
-        wide = wide.masked_fill(wide < _column(scores, floor), NEVER)
-    luck = _column(scores, [uniform(row.seed, row.produced) for row in rows])
+        wide = wide.masked_fill(wide < _column(scores, floor, torch.float32), NEVER)
+    luck = _column(scores, [uniform(row.seed, row.produced) for row in rows], torch.float64)
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(_shortlist(row.sampling, scores.shape[-1]), []).append(n)
     tokens = [0] * len(rows)
-    narrow = [n for n, row in enumerate(rows) if row.sampling.top_k > 0 or row.sampling.top_p < 1.0]
-    broad = [n for n in range(len(rows)) if n not in set(narrow)]
-    picked: list[int] = []
-    if broad:
-        picked += _pick(wide[broad].exp(), luck[broad]).tolist()
-    if narrow:
-        picked += _pick_narrow(wide[narrow], luck[narrow], [rows[n].sampling for n in narrow])
-    for n, token in zip(broad + narrow, picked, strict=True):
-        tokens[n] = token
+    for (size, capped), members in groups.items():
+        part, lucky = (wide, luck) if len(groups) == 1 else (wide[members], luck[members])
+        if size:
+            found = _pick_best(part, lucky, [rows[n].sampling.top_p for n in members], size, capped)
+        else:
+            found = _pick(part.exp(), lucky).tolist()
+        for n, token in zip(members, found, strict=True):
+            tokens[n] = token
     return tokens
 
 
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+def _shortlist(s: Sampling, vocab: int) -> tuple[int, bool]:
+    """How many of the best tokens to look at, 0 where all are candidates; and whether no others can be."""
+    if 0 < s.top_k < vocab:
+        return s.top_k, True
+    return (min(SHORTLIST, vocab) if s.top_p < 1.0 else 0), False
+
+
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
 
 
 def _pick(mass: Tensor, luck: Tensor) -> Tensor:
     """The index [R] where luck [R, 1] falls in mass [R, N]; entries of mass 0 are never picked."""
-    heap = mass.cumsum(-1)
-    return torch.searchsorted(heap, luck * heap[:, -1:], right=True).flatten().clamp_(max=mass.shape[-1] - 1)
+    heap = mass.cumsum(-1, dtype=torch.float64)
+    top = heap[:, -1:]
+    return torch.searchsorted(heap, torch.minimum(luck * top, top.nextafter(-top)), right=True).flatten()
 
 
-def _pick_narrow(wide: Tensor, luck: Tensor, samplings: Sequence[Sampling]) -> list[int]:
+def _pick_best(wide: Tensor, luck: Tensor, top_p: Sequence[float], size: int, capped: bool) -> list[int]:
+    """Among the `size` best of wide [R, V], which are all there is where `capped`, else where to look first."""
     vocab = wide.shape[-1]
-    limits = [s.top_k if 0 < s.top_k < vocab else vocab for s in samplings]
-    size = min(vocab, max(SHORTLIST if limit == vocab else limit for limit in limits))
-    share = _column(wide, [s.top_p for s in samplings])
-    rank_limit = _column(wide, limits)
-    whole = wide.exp().sum(-1, keepdim=True)
-    while True:
-        best, ids = wide.topk(size, -1)
-        mass = best.exp().masked_fill(torch.arange(size, device=wide.device) >= rank_limit, 0.0)
-        total = torch.where(rank_limit < vocab, mass.sum(-1, keepdim=True), whole)
-        heap = mass.cumsum(-1)
-        if size == vocab or bool(((rank_limit <= size) | (heap[:, -1:] >= share * total)).all()):
-            break
-        size = vocab
-    mass = mass.masked_fill(heap - mass >= share * total, 0.0)  # what lies wholly beyond the nucleus
-    return ids.gather(-1, _pick(mass, luck)[:, None]).flatten().tolist()
+    best, ids = wide.topk(size, -1)
+    mass = best.exp()
+    heap = mass.cumsum(-1, dtype=torch.float64)
+    total = heap[:, -1:] if capped or size == vocab else wide.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    share = _column(wide, top_p, torch.float64) * total
+    kept = mass.masked_fill(heap - mass >= share, 0.0)  # without what lies wholly beyond the nucleus
+    tokens: list[int] = ids.gather(-1, _pick(kept, luck)[:, None]).flatten().tolist()
+    if size < vocab and not capped:
+        for n in (heap[:, -1:] < share).flatten().nonzero().flatten().tolist():  # the nucleus is wider still
+            tokens[n] = _pick_best(wide[n : n + 1], luck[n : n + 1], [top_p[n]], min(16 * size, vocab), False)[0]
+    return tokens

@@ -97,16 +97,17 @@ class Tokenizer:
         """The bytes one token stands for; part of a character, perhaps. Empty for ids outside the vocabulary."""
         known = self._texts.get(token)
         if known is None:
-            known = self._texts[token] = self._bytes(self._backend.id_to_token(token) or "")
+            known = self._texts[token] = self._bytes(self.spelled(token) or "")
         return known
 
     def token_text(self, token: int) -> str:
         """The text of one token, special ones spelled out; broken characters as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
-    def is_byte(self, token: int) -> bool:
-        """Whether a sentencepiece vocabulary spells one byte by this token."""
-        return not self.byte_level and bool(BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or ""))
+    def spelled(self, token: int) -> str | None:
+        """The token as the vocabulary writes it; None for ids outside."""
+        spelled: str | None = self._backend.id_to_token(token)
+        return spelled
 
     def _bytes(self, spelled: str) -> bytes:
         if self.byte_level:
@@ -159,8 +160,11 @@ class Detokenizer:
             return ""
         if self._tokenizer.byte_level:
             return self._utf8.decode(self._tokenizer.token_bytes(token))
+        spelled = self._tokenizer.spelled(token)
+        if spelled is None:
+            return ""
         self._pending.append(token)
-        return "" if self._tokenizer.is_byte(token) else self._release()
+        return "" if BYTE_TOKEN.fullmatch(spelled) else self._release()
 
     def end(self) -> str:
         """What was kept back: after it, nothing may be added."""

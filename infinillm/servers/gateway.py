@@ -73,12 +73,13 @@ class Gateway:
             max_message=settings.max_body_bytes,
         )
         grpc_port = await self.grpc.start()
-        await self.pool.start()
+        self.pool.start()
         self.watching = asyncio.create_task(self._watch_ready())
+        self.tasks = [self.serving, self.watching, self.pool.watching]
         while not self.http.started and not self.serving.done():
             await asyncio.sleep(0.01)
-        self.http_address = f"{settings.host}:{listening.getsockname()[1]}"
-        self.grpc_address = f"{settings.host}:{grpc_port}"
+        self.http_address = _address(settings.host, listening.getsockname()[1])
+        self.grpc_address = _address(settings.host, grpc_port)
 
     async def _watch_ready(self) -> None:
         while True:
@@ -90,20 +91,23 @@ class Gateway:
         self.watching.cancel()
         self.grpc.set_ready(False)
         self.http.should_exit = True
-        await asyncio.gather(self.serving, self.grpc.stop(DRAIN_SECONDS))
-        left = list(self.http.server_state.tasks)
-        await asyncio.wait(left, timeout=1.0) if left else None
+        await asyncio.gather(self.serving, self.grpc.stop(0.0 if self.http.force_exit else DRAIN_SECONDS))
+        for task in (left := list(self.http.server_state.tasks)):
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
         await self.pool.close()
         self.inference.close()
 
-    def hurry(self) -> None:
-        """A second signal: do not wait for anybody."""
+    async def hurry(self) -> None:
+        """Wait for nobody any more: what is left is cancelled."""
         self.http.force_exit = True
+        await self.grpc.stop(0.0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
+    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: else tokens wait 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
@@ -114,6 +118,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _say(what: str, share: float) -> None:
     log("loading", what=what, done=share)
 
@@ -121,20 +129,23 @@ def _say(what: str, share: float) -> None:
 async def run(settings: config.Gateway) -> None:
     """The process: ready line on stdout; SIGTERM and SIGINT drain and end it, a second one ends it at once."""
     gateway = Gateway(settings)
-    ended = asyncio.Event()
+    told, told_again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        if ended.is_set():
-            gateway.hurry()
-        ended.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+        loop.add_signal_handler(number, lambda: (told_again if told.is_set() else told).set())
     await gateway.start()
     ready = {"ready": "gateway", "http": gateway.http_address, "grpc": gateway.grpc_address}
     print(json.dumps(ready), flush=True)
-    waiting = asyncio.create_task(ended.wait())
-    await asyncio.wait({waiting, gateway.serving}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    await gateway.stop()
+    ended = asyncio.create_task(told.wait())
+    await asyncio.wait({ended, *gateway.tasks}, return_when=asyncio.FIRST_COMPLETED)
+    ended.cancel()
+    stopping = asyncio.create_task(gateway.stop())
+    hurried = asyncio.create_task(told_again.wait())
+    await asyncio.wait({stopping, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        await gateway.hurry()
+    hurried.cancel()
+    await stopping
+    for task in gateway.tasks:
+        if not task.cancelled():
+            task.result()  # what ended us, if it was not a signal

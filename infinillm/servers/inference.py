@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -30,12 +30,12 @@ from infinillm.servers.inference_pool import Pool
 from infinillm.servers.inference_text import Transcript
 from infinillm.telemetry import Metrics, log
 
-SILENCE_SECONDS = 300.0  # between two messages of a worker; prompts are computed, and queues waited in, silently
+SILENCE_SECONDS = 1800.0  # between two messages of a worker; prompts are computed, and queues waited in, silently
 MOST_TRIES = 3  # workers asked before the first token
 MOST_STOP_STRINGS, MOST_STOP_CHARS = 16, 1000
-QUEUED_PIECES = 64  # of one request, for a client that reads slowly
 SHORT_TEXT = 1024  # characters that are tokenised faster than handed to a thread
 TOKENISING_THREADS = 2
+LITTLE_ROOM = 256  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +145,13 @@ class Inference:
     async def _apart(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def room(self, prompt_tokens: int, wanted: int | None, default: int | None, fields: tuple[str, str]) -> int:
+    async def room(self, prompt_tokens: int, wanted: int | None, default: int | None, fields: tuple[str, str]) -> int:
         """How many tokens a request may produce: what it asks for, or else `default`, or all there is room for.
 
         Raises TooLong, naming one of `fields` (the prompt's, the length's), where the model does not take that many.
         Whether the pool does, the controller says when it routes.
         """
-        limit, capacity = self.pool.limit, self.pool.capacity
+        limit = self.pool.limit
         least = 1 if wanted is None else wanted
         if limit and prompt_tokens + least > limit:
             asked = f"{prompt_tokens:,} in the prompt and {least:,} to produce"
@@ -161,12 +161,14 @@ class Inference:
             )
         if wanted is not None:
             return wanted
-        left = max(capacity - prompt_tokens, 1)
+        if self.pool.capacity - prompt_tokens < LITTLE_ROOM:  # too little to trust what the pool said a second ago
+            await self.pool.try_refresh()
+        left = max(self.pool.capacity - prompt_tokens, 1)
         return left if default is None else min(default, left)
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def generate(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         """The pieces of one sequence; closing the iterator cancels the request at the worker."""
         self._check_sampling(ask.sampling)
         transcript = Transcript(
@@ -193,7 +195,7 @@ class Inference:
                 if piece.finish_reason:
                     return
 
-    async def _messages(self, ask: Ask) -> AsyncIterator[shard_pb2.ShardGenerateResponse]:
+    async def _messages(self, ask: Ask) -> AsyncGenerator[shard_pb2.ShardGenerateResponse, None]:
         """What the worker says. One that is lost before it said anything is replaced by another."""
         request = shard_pb2.ShardGenerateRequest(
             id=ask.id,
@@ -228,7 +230,7 @@ class Inference:
                 log("request_rerouted", request=ask.id, node=place.node, reason=error.message)
 
 
-async def _heard(stream: rpc.Stream, node: str) -> AsyncIterator[Any]:
+async def _heard(stream: rpc.Stream, node: str) -> AsyncGenerator[Any, None]:
     """The messages of a stream; silence for too long is an error, and leaving cancels it."""
     loop = asyncio.get_running_loop()
     alarm = loop.call_later(SILENCE_SECONDS, stream.cancel)
@@ -270,41 +272,3 @@ def _piece(ask: Ask, message: shard_pb2.ShardGenerateResponse, transcript: Trans
         stop_reason,
         message.cached_tokens,
     )
-
-
-class Answers:
-    """The pieces of several sequences, as they come; `close` cancels what still runs.
-
-    Each sequence has a task of its own that waits while the reader is behind, so a slow client holds up nobody else.
-    """
-
-    def __init__(self, inference: Inference, asks: Sequence[Ask]):
-        self._queue: asyncio.Queue[tuple[int, Piece | None, Exception | None]] = asyncio.Queue(QUEUED_PIECES)
-        self._tasks = [asyncio.create_task(self._pump(inference, ask)) for ask in asks]
-        self._left = len(self._tasks)
-
-    async def _pump(self, inference: Inference, ask: Ask) -> None:
-        try:
-            async with aclosing(inference.generate(ask)) as pieces:
-                async for piece in pieces:
-                    await self._queue.put((ask.index, piece, None))
-        except Exception as error:  # noqa: BLE001  the reader raises it
-            await self._queue.put((ask.index, None, error))
-        else:
-            await self._queue.put((ask.index, None, None))
-
-    async def next(self) -> tuple[int, Piece] | None:
-        """The next piece and the index of its sequence; None at the end. Raises what a sequence failed with."""
-        while self._left:
-            index, piece, error = await self._queue.get()
-            if error is not None:
-                raise error
-            if piece is not None:
-                return index, piece
-            self._left -= 1
-        return None
-
-    async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -45,17 +45,15 @@ class Pool:
         self._longest = longest
         self._shards: dict[str, tuple[object, rpc.Client]] = {}
         self._places: dict[str, dict[int, Place]] = {}
-        self._watch: asyncio.Task[None] | None = None
         self.last: controller_pb2.SnapshotResponse | None = None
         self.reachable = False
 
-    async def start(self) -> None:
-        self._watch = asyncio.create_task(self._refresh_always())
+    def start(self) -> None:
+        self.watching = asyncio.create_task(self._refresh_always())
 
     async def close(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+        self.watching.cancel()
+        await asyncio.gather(self.watching, return_exceptions=True)
         for channel, _ in self._shards.values():
             await channel.close()  # type: ignore[attr-defined]
         await self._channel.close()
@@ -76,12 +74,16 @@ class Pool:
         self.reachable = True
         return self.last
 
+    async def try_refresh(self) -> None:
+        """A snapshot of now if there is one to be had; else what the pool last said stands."""
+        try:
+            await self.refresh()
+        except InfinillmError:
+            pass
+
     async def _refresh_always(self) -> None:
         while True:
-            try:
-                await self.refresh()
-            except InfinillmError:
-                pass
+            await self.try_refresh()
             await asyncio.sleep(REFRESH_SECONDS)
 
     def check_ready(self) -> None:

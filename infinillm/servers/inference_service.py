@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,6 +12,7 @@ from infinillm.core.request import Sampling
 from infinillm.errors import BadRequest, InfinillmError
 from infinillm.protos import inference_pb2 as pb
 from infinillm.servers.inference import Ask, Inference
+from infinillm.servers.openai_errors import reason
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 DEFAULT_TOKENS = 16
@@ -36,8 +37,16 @@ class InferenceService:
     def __init__(self, inference: Inference):
         self._inference = inference
 
-    async def Generate(self, request: pb.GenerateRequest, call: Any) -> AsyncIterator[pb.GenerateResponse]:
-        ask = await self._ask(request)
+    async def Generate(self, request: pb.GenerateRequest, call: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
+        try:
+            async with aclosing(self._responses(await self._ask(request))) as responses:
+                async for response in responses:
+                    yield response
+        except InfinillmError as error:
+            self._inference.metrics.add("refusals_total", reason=reason(error))
+            raise
+
+    async def _responses(self, ask: Ask) -> AsyncGenerator[pb.GenerateResponse, None]:
         produced = cached = 0
         async with aclosing(self._inference.generate(ask)) as pieces:
             async for piece in pieces:
@@ -56,10 +65,7 @@ class InferenceService:
                 yield response
 
     async def ListModels(self, request: pb.ListModelsRequest, call: Any) -> pb.ListModelsResponse:
-        try:
-            await self._inference.pool.refresh()
-        except InfinillmError:
-            pass  # what the pool last said is the best there is
+        await self._inference.pool.try_refresh()
         card = pb.ModelCard(id=self._inference.model, max_tokens=self._inference.pool.capacity)
         return pb.ListModelsResponse(models=[card])
 
@@ -76,7 +82,7 @@ class InferenceService:
         given = {name: getattr(asked, name) for name in FIELDS if asked.HasField(name)}
         wanted = asked.max_tokens if asked.HasField("max_tokens") else None
         sampling = Sampling(
-            max_tokens=self._inference.room(len(prompt), wanted, DEFAULT_TOKENS, ("prompt", "max_tokens")),
+            max_tokens=await self._inference.room(len(prompt), wanted, DEFAULT_TOKENS, ("prompt", "max_tokens")),
             logit_bias=tuple(sorted(asked.logit_bias.items())),
             stop_token_ids=tuple(asked.stop_token_ids),
             **given,

@@ -16,12 +16,12 @@ from starlette.types import ASGIApp
 
 from infinillm import __version__
 from infinillm.errors import BadRequest, InfinillmError, TooLong
-from infinillm.servers.inference import Answers, Ask, Inference
+from infinillm.servers.inference import Ask, Inference
 from infinillm.servers.openai_bodies import documented, plain, read
 from infinillm.servers.openai_edge import Edge, refuse
 from infinillm.servers.openai_replies import ChatReply, CompletionReply, Head, Reply, Spelling, Usage
 from infinillm.servers.openai_requests import Asked, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from infinillm.servers.openai_streams import EventStream, gathered
+from infinillm.servers.openai_streams import Answers, EventStream, gathered
 from infinillm.telemetry import CONTENT_TYPE, Metrics
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on while there is room
@@ -57,7 +57,7 @@ class Api:
             asked,
             head,
             prompts,
-            [self._inference.room(len(prompt), asked.max_tokens, DEFAULT_TOKENS, fields) for prompt in prompts],
+            [await self._inference.room(len(prompt), asked.max_tokens, DEFAULT_TOKENS, fields) for prompt in prompts],
             logprobs=asked.logprobs,
             prompt_logprobs=max((count for count in scored if count is not None), default=None),
         )
@@ -85,7 +85,7 @@ class Api:
             asked,
             head,
             [prompt],
-            [self._inference.room(len(prompt), wanted, None, ("messages", name))],
+            [await self._inference.room(len(prompt), wanted, None, ("messages", name))],
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
         )
@@ -149,7 +149,7 @@ class Api:
                 usage,
                 n=n,
                 usage_last=asked.usage_wanted,
-                usage_always=asked.usage_wanted and bool(asked.stream_options.continuous_usage_stats),
+                usage_always=asked.usage_always,
                 headers=headers,
             )
             try:
@@ -211,10 +211,7 @@ class Api:
         return JSONResponse(await self._card())
 
     async def _card(self) -> dict[str, Any]:
-        try:
-            await self._pool.refresh()
-        except InfinillmError:
-            pass  # what the pool last said is the best there is
+        await self._pool.try_refresh()
         return {
             "id": self._inference.model,
             "object": "model",

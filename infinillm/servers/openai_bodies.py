@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
+from infinillm.errors import Cancelled
 from infinillm.servers.openai_errors import Oversized, Slow, Unsupported, refusal
 
 BODY_SECONDS = 60.0
@@ -25,6 +27,8 @@ async def read(request: Request, kind: type[Body], most: int) -> Body:
         raise Unsupported(f"the body must be sent as application/json, not {media or 'without a type'}")
     try:
         raw = await asyncio.wait_for(_raw(request, most), BODY_SECONDS)
+    except ClientDisconnect:
+        raise Cancelled("the client left before its request was complete") from None
     except asyncio.TimeoutError:
         raise Slow(f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
     if len(raw) > LARGE_BODY:
@@ -37,7 +41,8 @@ async def _raw(request: Request, most: int) -> bytes:
     too_large = Oversized(f"the body is larger than {most:,} bytes")
     if stated.isdigit() and int(stated) > most and request.headers.get("expect", "").lower() == "100-continue":
         raise too_large
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     stream = request.stream()
     async for part in stream:
         size += len(part)

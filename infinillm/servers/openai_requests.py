@@ -142,6 +142,10 @@ class Asked(BaseModel):
     def usage_wanted(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def usage_always(self) -> bool:
+        return bool(self.usage_wanted and self.stream_options and self.stream_options.continuous_usage_stats)
+
     def sampling(self, max_tokens: int, *, logprobs: int | None, prompt_logprobs: int | None, choice: int) -> Sampling:
         """How to sample the choice of this number; a seed gives each choice another one."""
         given = {

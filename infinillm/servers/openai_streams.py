@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request
@@ -13,13 +14,52 @@ from starlette.types import Receive, Scope, Send
 
 from infinillm.errors import Cancelled, InfinillmError
 from infinillm.servers import openai_errors as failures
-from infinillm.servers.inference import Answers, Piece, joined
+from infinillm.servers.inference import Ask, Inference, Piece, joined
 from infinillm.servers.openai_replies import Reply, Usage
 from infinillm.telemetry import log
 
 EARLY_SECONDS = 0.5  # a refusal within this time still has its own HTTP status
 PING_SECONDS = 10.0  # a comment, while a long prompt is computed, keeps proxies from hanging up
+QUEUED_PIECES = 64  # of one request, for a client that reads slowly
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Answers:
+    """The pieces of several sequences, as they come; `close` cancels what still runs.
+
+    Each sequence has a task of its own that waits while the reader is behind, so a slow client holds up nobody else.
+    """
+
+    def __init__(self, inference: Inference, asks: Sequence[Ask]):
+        self._queue: asyncio.Queue[tuple[int, Piece | None, Exception | None]] = asyncio.Queue(QUEUED_PIECES)
+        self._tasks = [asyncio.create_task(self._pump(inference, ask)) for ask in asks]
+        self._left = len(self._tasks)
+
+    async def _pump(self, inference: Inference, ask: Ask) -> None:
+        try:
+            async with aclosing(inference.generate(ask)) as pieces:
+                async for piece in pieces:
+                    await self._queue.put((ask.index, piece, None))
+        except Exception as error:  # noqa: BLE001  the reader raises it
+            await self._queue.put((ask.index, None, error))
+        else:
+            await self._queue.put((ask.index, None, None))
+
+    async def next(self) -> tuple[int, Piece] | None:
+        """The next piece and the index of its sequence; None at the end. Raises what a sequence failed with."""
+        while self._left:
+            index, piece, error = await self._queue.get()
+            if error is not None:
+                raise error
+            if piece is not None:
+                return index, piece
+            self._left -= 1
+        return None
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def gathered(request: Request, answers: Answers, usage: Usage, choices: int, n: int) -> list[Piece]:

@@ -8,117 +8,36 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infinillm import config, rpc, wire
+from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
-from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Layout, Loan, Node, Refused, SeqId
-from infinillm.engine.loop import Borrowed, Cancel, Engine, Output, Submit
+from infinillm.engine.loop import Engine
+from infinillm.engine.messages import Borrowed
 from infinillm.engine.runner import Runner
-from infinillm.errors import BadRequest, Broken, InfinillmError, NotFound, Unavailable
+from infinillm.errors import BadRequest, Broken, InfinillmError
 from infinillm.kernels import bodies
-from infinillm.model import files, sampler, weights
+from infinillm.model import files, weights
 from infinillm.model.decoder import Decoder
 from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
-from infinillm.protos import shard_pb2 as pb
 from infinillm.servers.membership import Membership, Report
+from infinillm.servers.shard import SHARD, ShardService
 from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes
 
-SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
 TICK_SECONDS = 0.5
 IDLE_LOAN_SECONDS = 2.0
 DRAIN_SECONDS = 20.0
-
-
-class ShardService:
-    """Tokens in, tokens out: the gRPC face of an engine."""
-
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, vocabulary: int, block_size: int):
-        self.engine, self.loop, self.vocabulary, self.block_size = engine, loop, vocabulary, block_size
-        self.streams: dict[SeqId, asyncio.Queue[Output]] = {}
-        self.draining = False
-
-    def publish(self, outputs: list[Output]) -> None:
-        """From the engine's thread: once per step, for all requests."""
-        if outputs and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._deliver, outputs)
-
-    def _deliver(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            if (stream := self.streams.get(output.id)) is not None:
-                stream.put_nowait(output)
-
-    async def Generate(self, request: pb.ShardGenerateRequest, call: Any) -> AsyncIterator[pb.ShardGenerateResponse]:
-        if self.draining:
-            raise Unavailable("the worker is draining")
-        if not self.engine.alive:
-            raise Unavailable("the engine is not running")
-        if not request.id or request.id in self.streams:
-            raise BadRequest(f"id {request.id!r} is empty or in use", field="id")
-        prompt = tuple(request.prompt)
-        if prompt and max(prompt) >= self.vocabulary:
-            raise BadRequest(f"token {max(prompt)} is beyond the vocabulary of {self.vocabulary}", field="prompt")
-        sampling = wire.sampling_from_wire(request.sampling)
-        sampler.check(sampling, self.vocabulary)
-        wanted = Request(
-            request.id,
-            prompt,
-            sampling,
-            time.monotonic(),
-            tuple(request.eos_ids),
-            request.cache_salt,
-            secrets.randbits(63) if sampling.seed is None else sampling.seed,
-        )
-        stream: asyncio.Queue[Output] = asyncio.Queue()
-        self.streams[request.id] = stream
-        self.engine.inbox.put(Submit(wanted))
-        over = False
-        try:
-            while not over:
-                output = await stream.get()
-                over = bool(output.finish_reason) or output.error is not None
-                if output.error is not None:
-                    raise output.error
-                yield _response(output)
-        finally:
-            del self.streams[request.id]
-            if not over:
-                self.engine.inbox.put(Cancel(request.id))
-
-    async def Placement(self, request: pb.PlacementRequest, call: Any) -> pb.PlacementResponse:
-        found = self.engine.placement(request.id)
-        if found is None:
-            raise NotFound(f"no request {request.id!r} runs here or ended here lately", field="id")
-        state, tokens, layout = found
-        return pb.PlacementResponse(
-            id=request.id,
-            state=state,
-            tokens=tokens,
-            block_size=self.block_size,
-            spans=[wire.span_to_wire(span) for span in layout],
-        )
-
-
-def _response(output: Output) -> pb.ShardGenerateResponse:
-    return pb.ShardGenerateResponse(
-        tokens=output.tokens,
-        logprobs=[wire.token_logprob_to_wire(x) for x in output.logprobs],
-        prompt_logprobs=[wire.token_logprob_to_wire(x) for x in output.prompt_logprobs],
-        finish_reason=output.finish_reason,
-        cached_tokens=output.cached,
-        stop_token=output.stop_token,
-    )
 
 
 class Worker:

@@ -12,7 +12,8 @@ from infinillm.core.blocks import Blocks
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import AttentionShape, Refused
-from infinillm.engine.loop import Borrowed, Cancel, Engine, Output, Submit
+from infinillm.engine.loop import Engine
+from infinillm.engine.messages import Borrowed, Cancel, Output, Submit
 from infinillm.errors import InfinillmError, Overloaded, TooLong
 from infinillm.kernels import reference
 from infinillm.model.sampler import Choice

@@ -104,7 +104,7 @@ def test_a_salt_keeps_prefixes_apart():
     with Cluster(decoder("llama"), {"a": 64}) as cluster:
         for id, salt in (("one", "x"), ("two", "y"), ("three", "x")):
             from infinillm.core.request import Request, Sampling
-            from infinillm.engine.loop import Submit
+            from infinillm.engine.messages import Submit
 
             sampling = Sampling(max_tokens=2, temperature=0.0)
             cluster.engine.inbox.put(Submit(Request(id, tuple(tiny.prompt(40)), sampling, cache_salt=salt)))
@@ -202,7 +202,7 @@ def test_a_lost_lender_is_a_hole_and_only_the_hole_is_computed_again(kind):
 
 def test_a_request_that_fits_nowhere_fails_with_a_reason_and_nothing_leaks():
     from infinillm.core.types import Refused
-    from infinillm.engine.loop import Borrowed
+    from infinillm.engine.messages import Borrowed
 
     with Cluster(decoder("llama"), {"a": 4, "b": 4}) as cluster:
         cluster.submit(tiny.prompt(100))

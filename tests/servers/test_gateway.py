@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -23,7 +22,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from infinillm import rpc
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, TooLong, Unavailable
 from infinillm.protos import inference_pb2 as pb
-from infinillm.servers import inference
+from infinillm.servers import gateway, inference
+from infinillm.servers.inference_pool import Pool
 from infinillm.servers.inference_service import INFERENCE
 from tests.servers.fake_shard import CONTROLLER, LOCALHOST, MODEL, TEXT, WAIT_SECONDS, Site, encode, settings, sites
 
@@ -59,6 +59,23 @@ def test_leaving_a_stream_cancels_it_everywhere(site: Site) -> None:
         next(answer.iter_lines())
         site.until(lambda: len(site.ended) == 3)
     site.until(lambda: list(site.ended.values()) == ["cancelled"] * 3)
+
+
+def test_leaving_in_the_middle_of_a_body(site: Site) -> None:
+    host, port = site.gateway.http_address.split(":")
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as line:
+        line.sendall(head.encode() + b"{")
+    counted = f'infinillm_http_requests_total{{route="{PATH}",status="499"}}'
+    site.until(lambda: counted in site.gateway.metrics.exposition().decode())
+
+
+def test_tokens_are_sent_at_once(site: Site) -> None:
+    site.change(hold_after=2)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}):
+        for connection in site.gateway.http.server_state.connections:
+            line = connection.transport.get_extra_info("socket")
+            assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_leaving_before_the_first_token_cancels(site: Site) -> None:
@@ -189,9 +206,9 @@ def test_a_failure_in_the_middle_of_a_stream(site: Site) -> None:
     assert heard[-1] is None
     assert heard[-2]["error"]["message"] == "the worker is gone"
     assert len(site.asked) == 1
-    with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.APIError, match="gone"):
-            list(client.completions.create(**ASKED, stream=True))
+    client = openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    with client, pytest.raises(openai.APIError, match="gone"):
+        list(client.completions.create(**ASKED, stream=True))
 
 
 def test_a_failure_in_the_middle_without_a_stream(site: Site) -> None:
@@ -321,11 +338,12 @@ def test_bad_input_over_grpc(site: Site, client: Any, request_: Any, field: str)
     assert not site.asked
 
 
-def test_other_refusals_over_grpc(client: Any) -> None:
+def test_other_refusals_over_grpc(site: Site, client: Any) -> None:
     with pytest.raises(NotFound):
         list(client.Generate(pb.GenerateRequest(model="gpt", text="a")))
     with pytest.raises(TooLong):
         list(client.Generate(pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(max_tokens=600))))
+    assert 'infinillm_refusals_total{reason="not_found"}' in site.gateway.metrics.exposition().decode()
 
 
 def test_malformed_protobuf(site: Site, channel: grpc.Channel, client: Any) -> None:
@@ -376,7 +394,6 @@ def process(site: Site) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
-        env={**os.environ},
     )
     assert started.stdout is not None
     try:
@@ -417,24 +434,45 @@ def test_a_second_signal_ends_it_at_once(site: Site, process: tuple[subprocess.P
     started, ready = process
     site.change(hold_after=3)
     url = f"http://{ready['http']}{PATH}"
-    with httpx.stream("POST", url, json={**ASKED, "stream": True}, timeout=WAIT_SECONDS) as answer:
+    with (
+        httpx.stream("POST", url, json={**ASKED, "stream": True}, timeout=WAIT_SECONDS) as answer,
+        rpc.blocking_channel(ready["grpc"]) as channel,
+    ):
         next(events(answer.iter_lines()))
+        next(rpc.BlockingClient(channel, INFERENCE).Generate(pb.GenerateRequest(text="a")))
         started.send_signal(signal.SIGTERM)
         site.until(lambda: _refuses(ready["http"]))
         started.send_signal(signal.SIGTERM)
         assert started.wait(WAIT_SECONDS) == 0
-    site.until(lambda: list(site.ended.values()) == ["cancelled"])
+    site.until(lambda: list(site.ended.values()) == ["cancelled"] * 2)
+
+
+def test_a_crash_is_no_clean_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def crash(self: Pool) -> None:
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await gateway.run(settings(site.folder, site.controller_address))
+
+    monkeypatch.setattr(Pool, "_refresh_always", crash)
+    asyncio.run(run())
+
+
+def test_a_defect_of_ours_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.gateway.inference, "check_model", lambda name: 1 / 0)
+    answer = site.http.post(PATH, json=ASKED)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
 
 
 def test_a_taken_port_is_told(site: Site) -> None:
+    taken = int(site.gateway.http_address.rpartition(":")[2])
     with pytest.raises(BadRequest, match="cannot listen"):
-        taken = int(site.gateway.http_address.rpartition(":")[2])
         site.call(_start(settings(site.folder, site.controller_address, port=taken)))
     with pytest.raises(BadRequest, match="--controller"):
         site.call(_start(settings(site.folder, "")))
 
 
 async def _start(given: Any) -> None:
-    from infinillm.servers.gateway import Gateway
-
-    await Gateway(given).start()
+    await gateway.Gateway(given).start()

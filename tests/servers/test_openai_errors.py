@@ -262,9 +262,9 @@ def test_no_room_now(site: Site) -> None:
     answer = site.http.post("/v1/completions", json=GOOD)
     assert refused(answer, 429, None)["message"] == "all workers are busy"
     assert answer.headers["retry-after"] == "1"
-    with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.RateLimitError):
-            client.completions.create(**GOOD)
+    client = openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    with client, pytest.raises(openai.RateLimitError):
+        client.completions.create(**GOOD)
     site.controller.refusal = None
     assert 'infinillm_refusals_total{reason="overloaded"} 2.0' in site.http.get("/metrics").text
 
@@ -275,3 +275,9 @@ def test_nobody_to_serve(site: Site) -> None:
     assert refused(answer, 503, None)["code"] == "service_unavailable"
     assert "retry-after" in answer.headers
     site.controller.refusal = None
+
+
+def test_the_default_length_follows_a_pool_that_grew(site: Site) -> None:
+    site.controller.max_tokens = 520  # and the last snapshot says 500
+    answer = site.http.post("/v1/completions", json={"model": MODEL, "prompt": [5] * 495})
+    assert answer.json()["usage"]["completion_tokens"] == 16
