@@ -89,9 +89,9 @@ class Pool:
 
     async def Converse(self, requests: Any, call: Any) -> AsyncIterator[pool_pb2.ConverseResponse]:
         async for request in requests:
-            if request.open == "refuse":
+            if request.release.sequence == "refuse":
                 raise errors.Stale("superseded")
-            yield pool_pb2.ConverseResponse(open=request.open)
+            yield pool_pb2.ConverseResponse(open=request.release.sequence)
 
     async def Lend(self, request: Any, call: Any) -> Any:
         raise AssertionError("not called")
@@ -376,7 +376,8 @@ def test_blocking_client() -> None:
                 client.Route(route("me"))
 
             pool = rpc.BlockingClient(channel, POOL)
-            said = (pool_pb2.ConverseRequest(open=word) for word in ("a", "b", "refuse", "c"))
+            words = (pool_pb2.Release(sequence=word) for word in ("a", "b", "refuse", "c"))
+            said = (pool_pb2.ConverseRequest(release=word) for word in words)
             heard: list[str] = []
             with pytest.raises(errors.Stale):
                 heard.extend(reply.open for reply in pool.Converse(said))

@@ -170,9 +170,9 @@ class Worker:
 
     def report(self) -> Report:
         layouts: Mapping[SeqId, Layout] = self.engine.load.layouts if self.engine is not None else {}
-        with self.memory.lock:
+        with self.memory.lock:  # counts and loans of one moment
             lent: tuple[Loan, ...] = tuple(self.memory.blocks.loans.values())
-        return Report(self.node(), lent, layouts)
+            return Report(self.node(), lent, layouts)
 
     # --- borrowing -----------------------------------------------------------------------------------------------
 
