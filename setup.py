@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "infinillm/__init__.py").read_text(encoding="utf-8"))[1]
+VERSION = re.findall(r'__version__ = "(.+?)"', (HERE / "infinillm/__init__.py").read_text(encoding="utf-8"))[0]
 
 
 class BuildPy(build_py):

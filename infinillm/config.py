@@ -29,6 +29,7 @@ _LONGEST = "most tokens of one request, prompt and output; 0: what the model was
 _CACHE = "folder for converted models and compiled kernels; empty: ~/.cache/infinillm"
 _LEVEL = "least level of the events logged to stderr"
 _NAME = "the name clients call the model by; empty: derived from MODEL"
+_PATIENCE = "seconds of silence in the middle of an exchange after which a peer is lost"
 _URL = "where the gateway answers"
 _BLOCKS = "K/V blocks each worker owns; 0: as many as --kv-memory-gib holds"
 _MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0"
@@ -73,7 +74,7 @@ class Worker:
     lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
     loan_seconds: float = option(10.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
     port_kind: str = option("auto", "how tensors travel; auto: shm on one host, else tcp", choices=PORTS)
-    patience_seconds: float = option(5.0, "seconds of silence after which a peer is lost", least=0.01, most=3600)
+    patience_seconds: float = option(5.0, _PATIENCE, least=0.01, most=3600)
     threads: int = option(1, _THREADS, least=1, most=1024)
     device: str = option("auto", "where the model runs; auto: cuda if there is one", choices=DEVICES)
     memory_only: bool = option(False, "own and lend memory, serve no model")
@@ -137,6 +138,7 @@ class Serve:
     policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
     threads: int = option(1, _THREADS, least=1, most=1024)
     port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
+    patience_seconds: float = option(5.0, _PATIENCE, least=0.01, most=3600)
     metrics_port: int = option(
         0, "/metrics of the controller, then of each worker one higher; 0: free ones", least=0, most=64000
     )
@@ -161,6 +163,7 @@ class Serve:
             dtype=self.dtype,
             max_model_len=self.max_model_len,
             port_kind=self.port_kind,
+            patience_seconds=self.patience_seconds,
             threads=self.threads,
             metrics_port=self.metrics_port + 1 + index if self.metrics_port else 0,
             cache_dir=self.cache_dir,

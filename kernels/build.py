@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "cpu"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+QUIET = ("-fPIC", "-w")
 COMPILERS = ("g++", "c++", "clang++")
 PATIENCE = 300.0  # seconds a compiler may take
 
@@ -28,10 +29,11 @@ def build(cache: Path | None) -> ctypes.CDLL | None:
         return None
     sources = sorted(FOLDER.glob("*.cpp"))
     openmp = _openmp_in_use()
-    recipe = [compiler, *FLAGS, str(openmp), _processor()]
+    recipe = [compiler, *FLAGS, *QUIET, str(openmp), _processor()]
     recipe += [path.read_text() for path in (*sources, *sorted(FOLDER.glob("*.h")))]
     name = f"body-{hashlib.sha256(chr(0).join(recipe).encode()).hexdigest()[:16]}.so"
-    for folder in (cache or Path.home() / ".cache" / "infinillm", Path(tempfile.gettempdir()) / f"infinillm-{os.getuid()}"):
+    spare = Path(tempfile.gettempdir()) / f"infinillm-{os.getuid()}"
+    for folder in (cache or Path.home() / ".cache" / "infinillm", spare):
         path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -52,7 +54,7 @@ def _compile(compiler: str, sources: list[Path], openmp: Path | None, path: Path
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
         commands = [
-            [compiler, *FLAGS, *parallel, "-c", str(source), "-o", made]
+            [compiler, *FLAGS, *QUIET, *parallel, "-c", str(source), "-o", made]
             for source, made in zip(sources, objects, strict=True)
         ]
         running = [

@@ -1,4 +1,4 @@
-"""The CPU body: compiled C++ reached through ctypes; long chunks go to torch's own attention."""
+"""The CPU body: compiled C++ reached through ctypes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import struct
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from infinillm.kernels.bodies import Body
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-QUESTION = struct.Struct("@10P4q8i2f")  # Question, as in attention.cpp
+QUESTION = struct.Struct("@10P4q7i2f")  # Question, as in attention.cpp
 LANES = 16  # widths must be multiples
 MOST_BLOCK = 256  # slots of a block; as in attention.cpp
-MOST_ROWS = 8  # query rows of one sequence; torch's attention is faster beyond
-MOST_TOKENS = 8  # rows of a linear; torch's is faster beyond
+MOST_TOKENS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}  # rows of a linear; torch's is faster beyond
 
 
 class Native:
-    """The functions of reference.py over one loaded library. It remembers the last table, as a step asks it often."""
+    """The functions of reference.py over one loaded library."""
 
     def __init__(self, library: ctypes.CDLL):
         self._attend = _bind(library.attend_blocks, c_int, c_int, c_char_p)
@@ -39,11 +38,9 @@ class Native:
         )
         self._rotate = _bind(library.rotate_pair, None, c_int, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 5)
         self._gate = _bind(library.gate_mul, None, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int)
-        self._linear = _bind(
-            library.linear_rows, None, c_int, *[c_void_p] * 4, c_int64, c_int, c_int64, c_int, c_int
-        )
+        self._linear = _bind(library.linear_rows, None, c_int, *[c_void_p] * 4, c_int64, c_int, c_int64, c_int, c_int)
         self._read = _bind(library.read_floats, c_float, c_void_p, c_int64, c_int)
-        self._last: tuple[Table, tuple[int, ...], list[int]] | None = None
+        self._last: tuple[Table, tuple[int, ...]] | None = None
 
     copy_blocks = staticmethod(torch_body.copy_blocks)
 
@@ -86,10 +83,8 @@ class Native:
         check_question(q, k_blocks, v_blocks)
         blocks, kv_heads, size, dim = k_blocks.shape
         if dim % LANES or size > MOST_BLOCK:
-            return torch_body.attend_blocks(
-                q, k_blocks, v_blocks, table, scale=scale, window=window, soft_cap=soft_cap
-            )
-        pointers, long = self._read_table(q, table)
+            return torch_body.attend_blocks(q, k_blocks, v_blocks, table, scale=scale, window=window, soft_cap=soft_cap)
+        pointers = self._read_table(q, table)
         tokens, heads, _ = q.shape
         o = torch.empty((tokens, heads, dim), dtype=q.dtype)
         lse = torch.empty((tokens, heads), dtype=torch.float32)
@@ -110,35 +105,23 @@ class Native:
             dim,
             size,
             window,
-            MOST_ROWS,
             torch.get_num_threads(),
             scale,
             soft_cap,
         )
         if self._attend(CODES[q.dtype], question):
             raise ValueError(f"table.blocks must lie in a pool of {blocks}")
-        if long:
-            rows, spans = table.rows.tolist(), table.spans.tolist()
-            for s in long:
-                r, e = slice(rows[s], rows[s + 1]), slice(spans[s], spans[s + 1])
-                held, firsts, positions = table.blocks[e], table.firsts[e], table.positions[r]
-                o[r], lse[r] = 0.0, float("-inf")
-                torch_body.attend_sequence(
-                    q[r], k_blocks, v_blocks, held, firsts, positions, o[r], lse[r], scale, window, soft_cap
-                )
         return o, lse
 
-    def _read_table(self, q: Tensor, table: Table) -> tuple[tuple[int, ...], list[int]]:
-        """Where a table's tensors are, and which of its sequences have too many rows for the native walk."""
+    def _read_table(self, q: Tensor, table: Table) -> tuple[int, ...]:
+        """Where a table's tensors are; the last table is remembered, as every layer of a step asks with it."""
         last = self._last
         if last is not None and last[0] is table and table.positions.shape[0] == q.shape[0]:
-            return last[1], last[2]
+            return last[1]
         check_table(q, table)
-        rows = table.rows.tolist()
-        long = [s for s in range(len(rows) - 1) if rows[s + 1] - rows[s] > MOST_ROWS]
         pointers = tuple(ids.data_ptr() for ids in table)
-        self._last = table, pointers, long
-        return pointers, long
+        self._last = table, pointers
+        return pointers
 
     def merge(self, o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         """See reference.merge."""
@@ -270,7 +253,12 @@ class Native:
         """See reference.linear."""
         tokens, width = x.shape
         features = weight.shape[0]
-        if not 0 < tokens <= MOST_TOKENS or width % LANES or features < LANES or not weight.is_contiguous():
+        if (
+            not 0 < tokens <= MOST_TOKENS.get(x.dtype, 0)
+            or width % LANES
+            or features < LANES
+            or not weight.is_contiguous()
+        ):
             return torch_body.linear(x, weight, bias)
         if x.stride(1) != 1 or (bias is not None and not bias.is_contiguous()):
             return torch_body.linear(x, weight, bias)
@@ -297,7 +285,7 @@ class Native:
         return float(self._read(x.data_ptr(), x.numel(), torch.get_num_threads()))
 
 
-def _bind(function, result, *arguments):  # type: ignore[no-untyped-def]
+def _bind(function: Any, result: Any, *arguments: Any) -> Any:
     function.restype, function.argtypes = result, arguments
     return function
 

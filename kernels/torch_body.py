@@ -127,9 +127,7 @@ def _seen(at: Tensor, positions: Tensor, window: int) -> Tensor:
     return seen & (at > positions[:, None] - window) if window > 0 else seen
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """Torch's flash attention of q [T, H, D] over k, v [K, S, D]; a decode packs its group of heads as rows."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[0]
@@ -149,9 +147,7 @@ def _flash(
     return o, lse if seen is None else lse.masked_fill(~seen.any(1)[:, None], float("-inf"))
 
 
-def _capped(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float
-) -> tuple[Tensor, Tensor]:
+def _capped(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float) -> tuple[Tensor, Tensor]:
     """Attention with a soft cap, scores in memory; q [T, H, D], k, v [K, S, D], seen [T, S]."""
     tokens, heads, dim = q.shape
     q_KMD = q.view(tokens, k.shape[0], -1, dim).transpose(0, 1).flatten(1, 2)

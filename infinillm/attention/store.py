@@ -30,7 +30,10 @@ def build_table(
     """
     if len(positions) != len(holdings):
         raise BadRequest(f"{len(positions)} sequences ask but {len(holdings)} hold", field="holdings")
-    rows, spans, at, blocks, firsts = [0], [0], [], [], []  # type: tuple[list[int], ...]
+    rows, spans = [0], [0]
+    at: list[int] = []
+    blocks: list[int] = []
+    firsts: list[int] = []
     for asked, (held, starts) in zip(positions, holdings, strict=True):
         if len(held) != len(starts):
             raise BadRequest(f"{len(held)} blocks have {len(starts)} firsts", field="holdings")

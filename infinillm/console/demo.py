@@ -28,6 +28,7 @@ from infinillm.servers import local
 
 QUESTION = "What is the name of the rescue boat?"  # said once, about a tenth of the way in
 BLOCK_SIZE = 16  # tokens
+PATIENCE_SECONDS = 60.0  # a busy laptop may take long over one chunk; a dead worker is noticed at once all the same
 LOOK_SECONDS = 0.25  # between two looks at the pool
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 RETURN_SECONDS = 20.0  # for idle loans to go home
@@ -204,6 +205,7 @@ async def _play(settings: config.Demo, screen: Console) -> None:
             kv_blocks=kv_blocks,
             block_size=BLOCK_SIZE,
             cache_dir=settings.cache_dir,
+            patience_seconds=PATIENCE_SECONDS,
             log_level="error",
         )
         async with local.cluster(serve, progress.say, echo=False) as cluster, Api(cluster.url) as api:

@@ -1,23 +1,19 @@
-// Attention over blocks for few query rows (decode, short chunks), with its log-sum-exp, and merge.
+// Attention over blocks with its log-sum-exp, and merge, and rows written into blocks.
 //
-// Theory of operation. The work of a call is a line of (sequence, block) units, cut into equal lengths, one per
-// thread. A thread walks the blocks of its length in order; inside a block it takes the K/V heads in order, since a
-// block [K, B, D] is contiguous; per K/V head it takes up to four queries at once: dots with the keys, a running
-// maximum and sum, then the values. While one [B, D] tile is used the next is fetched, across the hop to the next
-// block too. A sequence cut between threads leaves one part per thread, and these are merged at the end.
+// Theory of operation. Each sequence's rows are cut into bands of at most BAND queries per K/V head; a band and the
+// blocks it sees are a piece of work. All works form one line, each block of a work as long as it costs, cut into equal
+// lengths, one per thread. A thread walks its length in order. A band of few queries (a decode) is bound by memory: block
+// by block, and inside a block head by head, since a block [K, B, D] is contiguous, while the next [B, D] tile is
+// fetched, across the hop to the next block too. A band of many is bound by arithmetic: head by head, and block by
+// block. A work cut between threads leaves one part per thread, and these are merged at the end.
 
-#include "vectors.h"
-#include <algorithm>
+#include "tiles.h"
 #include <vector>
 
 namespace {
 
-constexpr int MOST_BLOCK = 256;
-#define LEAD 32
-#ifndef AHEAD
-#define AHEAD 1
-#endif
-constexpr float NONE = -INFINITY;
+constexpr int BAND = 96; // queries of a K/V head whose running state stays in the second-level cache
+constexpr int FEW = 12;  // queries up to which memory is the bound
 
 struct Question {
     const void *q, *k, *v;
@@ -25,155 +21,118 @@ struct Question {
     float *lse;
     const int32_t *rows, *positions, *spans, *blocks, *firsts;
     int64_t q_stride, k_stride, v_stride, pool_blocks;
-    int sequences, heads, kv_heads, dim, size, window, most_rows, threads;
+    int sequences, heads, kv_heads, dim, size, window, threads;
     float scale, soft_cap;
+    int group() const { return heads / kv_heads; }
 };
 
-// Blocks [start, stop) of a sequence are seen by some of its rows; its units begin at `offset` of the line.
+// Rows [row, row + count) see blocks [start, stop); they begin at `offset` of the line and cost `cost` each.
 struct Work {
-    int sequence, start, stop;
+    int row, count, start, stop, cost;
     int64_t offset;
+    int cut(int64_t at) const {
+        return int(std::clamp<int64_t>((at - offset + cost - 1) / cost, 0, stop - start)) + start;
+    }
 };
 
-// The running state of M = rows * group queries of every K/V head: acc [K, M, D] packed, top [K, M], total [K, M, W].
+// The running state of all queries of a work, by K/V head: acc [K, M, D] packed, total [K, M, W], top [K, M].
 struct State {
-    float *acc, *top, *total;
-    void clear(int queries, int dim) {
-        std::fill(acc, acc + int64_t(queries) * dim, 0.0f);
-        std::fill(top, top + queries, NONE);
-        std::fill(total, total + int64_t(queries) * W, 0.0f);
+    float *acc, *total, *top;
+    static int64_t floats(int64_t queries, int dim) { return queries * (dim + W + 1) + 2 * W; }
+    static State at(float *p, int64_t queries, int dim) {
+        return {p, p + queries * dim, p + queries * (dim + W)};
     }
-    static int64_t floats(int queries, int dim) { return int64_t(queries) * (dim + W + 1) + 3 * W; }
-    static State at(float *p, int queries, int dim) {
-        return {p, p + int64_t(queries) * (dim + W), p + int64_t(queries) * dim};
+    void clear(int64_t queries, int dim) {
+        std::fill(acc, acc + queries * (dim + W), 0.0f);
+        std::fill(top, top + queries, NONE);
     }
 };
 
-// acc[g] = acc[g] * keep[g] + sum over n rows of p[g][row] * v[row], for NV vectors of the row.
-template <class T, int GQ, int NV>
-ALWAYS void weigh(const T *v, const float *p, const float *keep, float *acc, int n, int dim, const T *ahead) {
-    vf sum[GQ][NV];
-    for (int g = 0; g < GQ; g++)
-        for (int i = 0; i < NV; i++) sum[g][i] = loadu<vf>(acc + g * dim + i * W) * keep[g];
-    for (int b = 0; b < n; b++, v += dim, ahead += NV * W) {
-        vf x[NV];
-        if constexpr (NV == 1) {
-            x[0] = one(v);
-        } else {
-            for (int i = 0; i < NV; i += 2) pair(v + i * W, x[i], x[i + 1]);
-        }
-        for (int g = 0; g < GQ; g++)
-            for (int i = 0; i < NV; i++) sum[g][i] += x[i] * p[g * MOST_BLOCK + b];
+// What one thread needs beside the states: packed queries, bounds of what each query sees, and room for `many`.
+struct Room {
+    float *q, *turned, *p, *keep;
+    int *low, *high;
+    static int64_t floats(const Question &ask, int64_t queries) {
+        return queries * ask.dim + ask.dim * W + BAND * (ask.size + W) + 3 * BAND + queries;
     }
-    for (int g = 0; g < GQ; g++)
-        for (int i = 0; i < NV; i++) storeu(acc + g * dim + i * W, sum[g][i]);
+    static Room at(float *p, const Question &ask, int64_t queries) {
+        float *turned = p + queries * ask.dim, *scores = turned + ask.dim * W;
+        float *keep = scores + BAND * (ask.size + W);
+        const int64_t band = std::max<int64_t>(BAND, queries / ask.kv_heads);
+        return {p, turned, scores, keep, (int *)(keep + BAND), (int *)(keep + BAND) + band};
+    }
+};
+
+void bounds(const Question &ask, const Work &work, int e, int *low, int *high) {
+    const int group = ask.group();
+    for (int r = 0; r < work.count; r++) {
+        const int64_t p = ask.positions[work.row + r], first = ask.firsts[e];
+        const int from = ask.window > 0 ? int(std::clamp<int64_t>(p - ask.window + 1 - first, 0, ask.size)) : 0;
+        const int to = int(std::clamp<int64_t>(p + 1 - first, 0, ask.size));
+        std::fill(low + r * group, low + (r + 1) * group, from);
+        std::fill(high + r * group, high + (r + 1) * group, to);
+    }
 }
 
-// GQ queries over slots of one tile; query g sees slots [low[g], high[g]).
-template <class T, int GQ>
-void tile(const Question &ask, const T *k, const T *v, const T *k_ahead, const T *v_ahead, const float *q,
-          const int *low, const int *high, float *acc, float *top, float *total) {
-    const int dim = ask.dim;
-    int first = low[0], last = high[0];
-    bool even = true;
-    for (int g = 1; g < GQ; g++) {
-        if (low[g] != low[0] || high[g] != high[0]) even = false;
-        if (low[g] >= high[g]) continue;
-        if (first >= last) first = low[g], last = high[g];
-        first = std::min(first, low[g]);
-        last = std::max(last, high[g]);
-    }
-    if (first >= last) return;
-    const int n = last - first, padded = (n + W - 1) / W * W;
-    alignas(64) float p[GQ * MOST_BLOCK];
-    alignas(64) float keep[GQ];
-    k += int64_t(first) * dim;
-    for (unsigned page = 0; page < ask.size * dim * sizeof(T); page += 4096)
-        for (int line = 0; line < LEAD; line++) fetch((const char *)k_ahead + page + line * 64);
-    for (int b = 0; b < n; b += W)
-        dots<T, GQ>(k + int64_t(b) * dim, n - b, q, dim, p + b, MOST_BLOCK, k_ahead + int64_t(b) * dim);
-    for (int g = 0; g < GQ; g++) {
-        float *s = p + g * MOST_BLOCK;
-        if (ask.soft_cap > 0)
-            for (int b = 0; b < n; b += W) storeu(s + b, tanh_of(loadu<vf>(s + b) / ask.soft_cap) * ask.soft_cap);
-        for (int b = n; b < padded; b++) s[b] = NONE;
-        if (!even) {
-            for (int b = 0; b < std::min(n, low[g] - first); b++) s[b] = NONE;
-            for (int b = std::max(0, high[g] - first); b < n; b++) s[b] = NONE;
-        }
-        vf highest = loadu<vf>(s);
-        for (int b = W; b < padded; b += W) highest = larger(highest, loadu<vf>(s + b));
-        keep[g] = 1.0f;
-        if (any_above(highest, top[g])) {
-            float now = most(highest);
-            keep[g] = top[g] == NONE ? 0.0f : std::exp(top[g] - now);
-            top[g] = now;
-        }
-        const float at = top[g] == NONE ? 0.0f : top[g];
-        vf mass = loadu<vf>(total + g * W) * keep[g];
-        for (int b = 0; b < padded; b += W) {
-            vf w = exp_of(loadu<vf>(s + b) - at);
-            mass += w;
-            storeu(s + b, w);
-        }
-        storeu(total + g * W, mass);
-    }
-    for (unsigned page = 0; page < ask.size * dim * sizeof(T); page += 4096)
-        for (int line = 0; line < LEAD; line++) fetch((const char *)v_ahead + page + line * 64);
-    v += int64_t(first) * dim;
-    int i = 0;
-    for (; i + 4 * W <= dim; i += 4 * W) weigh<T, GQ, 4>(v + i, p, keep, acc + i, n, dim, v_ahead + i * n);
-    if (i + 2 * W <= dim) weigh<T, GQ, 2>(v + i, p, keep, acc + i, n, dim, v_ahead + i * n), i += 2 * W;
-    if (i < dim) weigh<T, GQ, 1>(v + i, p, keep, acc + i, n, dim, v_ahead + i * n);
-}
-
-template <class T> void walk(const Question &ask, const Work &work, int start, int stop, float *q, State state) {
-    const int row = ask.rows[work.sequence], count = ask.rows[work.sequence + 1] - row;
-    const int group = ask.heads / ask.kv_heads, M = count * group, dim = ask.dim, size = ask.size;
-    for (int kv = 0; kv < ask.kv_heads; kv++)
-        for (int j = 0; j < M; j++)
-            pack((const T *)ask.q + (row + j / group) * ask.q_stride + (kv * group + j % group) * dim,
-                 q + (int64_t(kv) * M + j) * dim, dim, ask.scale);
-    state.clear(M * ask.kv_heads, dim);
-    std::vector<int> limits(2 * M);
-    int *low = limits.data(), *high = low + M;
-    const int at_once = (M + (M + 3) / 4 - 1) / ((M + 3) / 4);
-    const int64_t step = int64_t(size) * dim;
+template <class T> void walk_few(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
+    const int M = work.count * ask.group(), dim = ask.dim, at_once = (M + (M + 3) / 4 - 1) / ((M + 3) / 4);
+    const int64_t step = int64_t(ask.size) * dim;
+    const T *const ks = (const T *)ask.k, *const vs = (const T *)ask.v;
     for (int e = start; e < stop; e++) {
-        const T *k = (const T *)ask.k + ask.blocks[e] * ask.k_stride;
-        const T *v = (const T *)ask.v + ask.blocks[e] * ask.v_stride;
-        for (int j = 0; j < M; j++) {
-            const int64_t p = ask.positions[row + j / group], first = ask.firsts[e];
-            low[j] = ask.window > 0 ? int(std::clamp<int64_t>(p - ask.window + 1 - first, 0, size)) : 0;
-            high[j] = int(std::clamp<int64_t>(p + 1 - first, 0, size));
-        }
+        bounds(ask, work, e, room.low, room.high);
         for (int kv = 0; kv < ask.kv_heads; kv++) {
-            const int then = kv + AHEAD, block = ask.blocks[std::min(e + then / ask.kv_heads, stop - 1)];
-            const int64_t there = then % ask.kv_heads * step;
-            const T *k_ahead = (const T *)ask.k + block * ask.k_stride + there;
-            const T *v_ahead = (const T *)ask.v + block * ask.v_stride + there;
+            const T *k = ks + ask.blocks[e] * ask.k_stride + kv * step, *v = vs + ask.blocks[e] * ask.v_stride + kv * step;
+            const bool hop = kv + 1 == ask.kv_heads;
+            const int64_t next = ask.blocks[std::min(e + 1, stop - 1)];
+            const T *k_ahead = hop ? ks + next * ask.k_stride : k + step, *v_ahead = hop ? vs + next * ask.v_stride : v + step;
             for (int j = 0; j < M; j += at_once) {
                 const int64_t at = int64_t(kv) * M + j;
-                float *acc = state.acc + at * dim, *top = state.top + at, *total = state.total + at * W;
                 const auto go = [&](auto run) {
-                    run(ask, k + kv * step, v + kv * step, k_ahead, v_ahead, q + at * dim, low + j, high + j, acc, top,
-                        total);
+                    run(k, v, k_ahead, v_ahead, room.q + at * dim, dim, room.low + j, room.high + j, ask.soft_cap,
+                        state.acc + at * dim, state.top + at, state.total + at * W);
                 };
                 switch (std::min(at_once, M - j)) {
-                case 1: go(tile<T, 1>); break;
-                case 2: go(tile<T, 2>); break;
-                case 3: go(tile<T, 3>); break;
-                default: go(tile<T, 4>);
+                case 1: go(few<T, 1>); break;
+                case 2: go(few<T, 2>); break;
+                case 3: go(few<T, 3>); break;
+                default: go(few<T, 4>);
                 }
             }
         }
     }
 }
 
-// The states of one sequence, made one and written out.
-template <class T> void finish(const Question &ask, int sequence, const State *parts, int count) {
-    const int row = ask.rows[sequence], M = (ask.rows[sequence + 1] - row) * (ask.heads / ask.kv_heads);
-    const int group = ask.heads / ask.kv_heads, dim = ask.dim;
+template <class T> void walk_many(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
+    const int M = work.count * ask.group(), dim = ask.dim;
+    const int64_t step = int64_t(ask.size) * dim;
+    for (int kv = 0; kv < ask.kv_heads; kv++) {
+        const int64_t at = int64_t(kv) * M;
+        for (int e = start; e < stop; e++) {
+            bounds(ask, work, e, room.low, room.high);
+            many((const T *)ask.k + ask.blocks[e] * ask.k_stride + kv * step,
+                 (const T *)ask.v + ask.blocks[e] * ask.v_stride + kv * step, room.q + at * dim, M, dim, ask.size, room.low,
+                 room.high, ask.soft_cap, state.acc + at * dim, state.top + at, state.total + at * W, room.turned, room.p,
+                 room.keep);
+        }
+    }
+}
+
+template <class T> void walk(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
+    const int group = ask.group(), M = work.count * group, dim = ask.dim;
+    for (int kv = 0; kv < ask.kv_heads; kv++)
+        for (int j = 0; j < M; j++)
+            pack((const T *)ask.q + (work.row + j / group) * ask.q_stride + (kv * group + j % group) * dim,
+                 room.q + (int64_t(kv) * M + j) * dim, dim, ask.scale);
+    state.clear(int64_t(M) * ask.kv_heads, dim);
+    if (M <= FEW || M > BAND)
+        walk_few<T>(ask, work, start, stop, room, state);
+    else
+        walk_many<T>(ask, work, start, stop, room, state);
+}
+
+// The states of one work, made one and written out.
+template <class T> void finish(const Question &ask, const Work &work, const State *parts, int count) {
+    const int group = ask.group(), M = work.count * group, dim = ask.dim;
     for (int i = 0; i < M * ask.kv_heads; i++) {
         float top = NONE, mass = 0;
         for (int c = 0; c < count; c++) top = std::max(top, parts[c].top[i]);
@@ -185,61 +144,68 @@ template <class T> void finish(const Question &ask, int sequence, const State *p
             if (c == 0 && share == 1.0f) continue;
             for (int d = 0; d < dim; d++) acc[d] = (c == 0 ? 0.0f : acc[d]) + share * other[d];
         }
-        const int j = i % M, kv = i / M, r = row + j / group, head = kv * group + j % group;
+        const int j = i % M, kv = i / M, r = work.row + j / group, head = kv * group + j % group;
         unpack(acc, (T *)ask.o + (int64_t(r) * ask.heads + head) * dim, dim, top == NONE ? 0.0f : 1.0f / mass);
         ask.lse[int64_t(r) * ask.heads + head] = top == NONE ? NONE : top + std::log(mass);
     }
 }
 
+// The line of works; nothing where a block that would be read is not in the pool.
+bool line_up(const Question &ask, std::vector<Work> &line) {
+    const int group = ask.group(), most = std::max(1, BAND / group);
+    int64_t offset = 0;
+    for (int s = 0; s < ask.sequences; s++) {
+        for (int row = ask.rows[s]; row < ask.rows[s + 1]; row += most) {
+            const int count = std::min(most, ask.rows[s + 1] - row);
+            const int64_t youngest = ask.positions[row + count - 1];
+            const int64_t oldest = ask.window > 0 ? int64_t(ask.positions[row]) - ask.window + 1 : INT64_MIN;
+            const int32_t *from = ask.firsts + ask.spans[s], *to = ask.firsts + ask.spans[s + 1];
+            from = std::partition_point(from, to, [&](int64_t f) { return f + ask.size <= oldest; });
+            to = std::partition_point(from, to, [&](int64_t f) { return f <= youngest; });
+            const int start = int(from - ask.firsts), stop = int(to - ask.firsts);
+            for (int e = start; e < stop; e++)
+                if (ask.blocks[e] < 0 || ask.blocks[e] >= ask.pool_blocks) return false;
+            const int cost = std::max(FEW, count * group);
+            line.push_back({row, count, start, stop, cost, offset});
+            offset += int64_t(stop - start) * cost;
+        }
+    }
+    return true;
+}
+
 template <class T> int attend(const Question &ask) {
     std::vector<Work> line;
-    int64_t units = 0;
-    int most = 0;
-    for (int s = 0; s < ask.sequences; s++) {
-        const int row = ask.rows[s], count = ask.rows[s + 1] - row;
-        if (count <= 0 || count > ask.most_rows) continue;
-        const int64_t youngest = ask.positions[row + count - 1];
-        const int64_t oldest = ask.window > 0 ? int64_t(ask.positions[row]) - ask.window + 1 : INT64_MIN;
-        const int32_t *from = ask.firsts + ask.spans[s], *to = ask.firsts + ask.spans[s + 1];
-        const int start = int(std::partition_point(from, to, [&](int64_t f) { return f + ask.size <= oldest; }) - ask.firsts);
-        const int stop = int(std::partition_point(ask.firsts + start, to, [&](int64_t f) { return f <= youngest; }) - ask.firsts);
-        for (int e = start; e < stop; e++)
-            if (ask.blocks[e] < 0 || ask.blocks[e] >= ask.pool_blocks) return 1;
-        line.push_back({s, start, stop, units});
-        units += stop - start;
-        most = std::max(most, count * ask.heads);
-    }
+    if (!line_up(ask, line)) return 1;
+    if (line.empty()) return 0;
+    int64_t queries = 0, units = line.back().offset + int64_t(line.back().stop - line.back().start) * line.back().cost;
+    for (const Work &work : line) queries = std::max<int64_t>(queries, int64_t(work.count) * ask.heads);
     const int64_t unit_bytes = int64_t(ask.kv_heads) * ask.size * ask.dim * 2 * sizeof(T);
-    const int threads = int(std::clamp<int64_t>(units * unit_bytes >> 17, 1, ask.threads));
-    const int64_t q_floats = int64_t(most) * ask.dim, state_floats = State::floats(most, ask.dim);
-    const int64_t per_thread = q_floats + 2 * state_floats;
+    const int threads = int(std::clamp<int64_t>(units / FEW * unit_bytes >> 17, 1, ask.threads));
+    const int64_t room_floats = Room::floats(ask, queries), state_floats = State::floats(queries, ask.dim);
+    const int64_t per_thread = room_floats + 2 * state_floats;
     static thread_local std::vector<float> scratch;
     if (int64_t(scratch.size()) < threads * per_thread) scratch.resize(threads * per_thread);
     float *const ground = scratch.data();
     struct Piece {
-        int sequence;
+        int work;
         State state;
     };
     std::vector<Piece> pieces(2 * threads, {-1, {}});
     const auto run = [&](int t) {
-        const int64_t from = units * t / threads, to = units * (t + 1) / threads;
         float *mine = ground + t * per_thread;
+        const Room room = Room::at(mine, ask, queries);
         int kept = 0;
-        for (const Work &work : line) {
-            const int64_t length = work.stop - work.start;
-            const int64_t a = std::max(from, work.offset), b = std::min(to, work.offset + length);
-            const int queries = (ask.rows[work.sequence + 1] - ask.rows[work.sequence]) * ask.heads;
-            State state = State::at(mine + q_floats + kept * state_floats, queries, ask.dim);
-            if (!length && t == 0) {
-                state.clear(queries, ask.dim);
-                finish<T>(ask, work.sequence, &state, 1);
-            }
-            if (a >= b) continue;
-            walk<T>(ask, work, work.start + int(a - work.offset), work.start + int(b - work.offset), mine, state);
-            if (b - a == length)
-                finish<T>(ask, work.sequence, &state, 1);
+        for (size_t w = 0; w < line.size(); w++) {
+            const Work &work = line[w];
+            const int a = work.cut(units * t / threads), b = work.cut(units * (t + 1) / threads);
+            const bool nothing = work.start == work.stop && t == 0;
+            if (a >= b && !nothing) continue;
+            State state = State::at(mine + room_floats + kept * state_floats, int64_t(work.count) * ask.heads, ask.dim);
+            walk<T>(ask, work, a, b, room, state);
+            if (b - a == work.stop - work.start)
+                finish<T>(ask, work, &state, 1);
             else
-                pieces[2 * t + kept++] = {work.sequence, state};
+                pieces[2 * t + kept++] = {int(w), state};
         }
     };
     if (threads == 1) {
@@ -249,13 +215,11 @@ template <class T> int attend(const Question &ask) {
         for (int t = 0; t < threads; t++) run(t);
     }
     std::vector<State> parts;
+    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), [](const Piece &piece) { return piece.work < 0; }), pieces.end());
     for (size_t i = 0; i < pieces.size(); i++) {
-        if (pieces[i].sequence < 0) continue;
         parts.push_back(pieces[i].state);
-        size_t next = i + 1;
-        while (next < pieces.size() && pieces[next].sequence < 0) next++;
-        if (next < pieces.size() && pieces[next].sequence == pieces[i].sequence) continue;
-        finish<T>(ask, pieces[i].sequence, parts.data(), int(parts.size()));
+        if (i + 1 < pieces.size() && pieces[i + 1].work == pieces[i].work) continue;
+        finish<T>(ask, line[pieces[i].work], parts.data(), int(parts.size()));
         parts.clear();
     }
     return 0;

@@ -138,6 +138,17 @@ template <class T> inline void unpack(const float *in, T *out, int n, float scal
 
 // --- across lanes ------------------------------------------------------------------------------------------
 
+// Lane i of the result is lane which[i] of x followed by y.
+ALWAYS vf shuffle(vf x, vf y, vi which) {
+#if defined(__clang__)
+    vf z;
+    for (int lane = 0; lane < W; lane++) z[lane] = which[lane] < W ? x[which[lane]] : y[which[lane] - W];
+    return z;
+#else
+    return __builtin_shuffle(x, y, which);
+#endif
+}
+
 // x and y each hold W / P groups of P lanes; the result holds x's groups then y's, each folded to P / 2 lanes.
 template <int P> ALWAYS vf fold(vf x, vf y) {
     vi low, high;
@@ -146,16 +157,7 @@ template <int P> ALWAYS vf fold(vf x, vf y) {
         low[lane] = group * P + within;
         high[lane] = low[lane] + P / 2;
     }
-#if defined(__clang__)
-    vf a, b;
-    for (int lane = 0; lane < W; lane++) {
-        a[lane] = low[lane] < W ? x[low[lane]] : y[low[lane] - W];
-        b[lane] = high[lane] < W ? x[high[lane]] : y[high[lane] - W];
-    }
-    return a + b;
-#else
-    return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high);
-#endif
+    return shuffle(x, y, low) + shuffle(x, y, high);
 }
 // N vectors, each of groups of P lanes, as one vector of groups of P / N lanes: group i of x[0], of x[1], ...
 template <int N, int P> ALWAYS vf folded(const vf *x) {
@@ -163,6 +165,22 @@ template <int N, int P> ALWAYS vf folded(const vf *x) {
         return x[0];
     } else {
         return fold<2 * P / N>(folded<N / 2, P>(x), folded<N / 2, P>(x + N / 2));
+    }
+}
+// A W x W matrix, turned: x[i][j] becomes x[j][i], by log2(W) perfect shuffles.
+ALWAYS void turn(vf *x) {
+    vi low, high;
+    for (int lane = 0; lane < W; lane++) {
+        low[lane] = lane / 2 + lane % 2 * W;
+        high[lane] = low[lane] + W / 2;
+    }
+    for (int round = 1; round < W; round *= 2) {
+        vf y[W];
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = shuffle(x[i], x[i + W / 2], low);
+            y[2 * i + 1] = shuffle(x[i], x[i + W / 2], high);
+        }
+        for (int i = 0; i < W; i++) x[i] = y[i];
     }
 }
 ALWAYS float sum(vf x) {
@@ -220,12 +238,16 @@ ALWAYS void dots(const T *row, int count, const float *q, int n, float *out, int
         if (time * NB >= count) break;
         const T *rows[NB];
         for (int b = 0; b < NB; b++) rows[b] = row + int64_t(time * NB + b < count ? time * NB + b : count - 1) * n;
+        const T *next = ahead + int64_t(time) * NB * n;
         vf acc[GQ][NB] = {};
         int i = 0;
         for (; i + 2 * W <= n; i += 2 * W) {
             for (int b = 0; b < NB; b++) {
                 vf x, y;
                 pair(rows[b] + i, x, y);
+                fetch(next);
+                if (sizeof(T) * 2 * W > 64) fetch(next + W);
+                next += 2 * W;
                 for (int g = 0; g < GQ; g++) {
                     acc[g][b] += x * loadu<vf>(q + g * n + i);
                     acc[g][b] += y * loadu<vf>(q + g * n + i + W);

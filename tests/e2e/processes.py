@@ -38,7 +38,7 @@ def until(seen: Callable[[], Any], what: str, seconds: float) -> Any:
 
 
 class Process:
-    """One `python -m infinillm ...`, its ready line, and its log in a file."""
+    """One `python -m infinillm ...`, its ready line, and its log in a file. It dies with the thread that made it."""
 
     def __init__(self, name: str, *argv: str, log: Path):
         self.name, self.log = name, log
@@ -151,11 +151,15 @@ class Cluster:
         with urllib.request.urlopen(self.url + path, timeout=ANSWER_SECONDS) as reply:
             return json.load(reply)
 
-    def restart_controller(self) -> None:
-        """Killed without a word, and started again where it was."""
-        self.controller.kill()
+    def start_controller_again(self) -> Process:
+        """Where it was; the old one must be dead. The new one is not waited for."""
         self.controller = self._start("controller", "controller", "--port", self.address.rpartition(":")[2])
-        assert self.controller.ready()["address"] == self.address
+        return self.controller
+
+    def start_worker_again(self, name: str) -> None:
+        """Under its old name; returns when it is in the ledger."""
+        said = self.add_worker(name).ready()
+        until(lambda: said["address"] in {node.address for node in self.ledger().nodes}, f"{name} in the ledger", 10)
 
     # --- the books -----------------------------------------------------------------------------------------------
 
@@ -217,7 +221,11 @@ class Cluster:
 
     def end(self) -> None:
         """SIGTERM to who asks before who is asked; each must end with 0, and none stay."""
-        codes = {process.name: process.end() for process in self.processes}
+        codes = {}
+        for those in ([self.gateway], list(self.workers.values()), [self.controller]):
+            for process in those:
+                process.signal(signal.SIGTERM)
+            codes |= {process.name: process.wait() for process in those}
         assert codes == dict.fromkeys(codes, 0), [p.last_words for p in self.processes if codes[p.name]]
 
     def kill(self) -> None:

@@ -9,20 +9,22 @@ import pytest
 from infinillm.telemetry import EVENTS, TABLE
 from tests.laws.tree import ROOT, Source, imports, parse, product, sources, within
 
-MOST_LINES = 400
+MOST_LINES = {"tests": 500}  # of a file in a folder; elsewhere:
+MOST = 400
 NEVER = {"manager", "handler", "helper", "helpers", "util", "utils", "context", "info", "meta", "impl", "wrapper"}
 FRONT_DOOR = "infinillm.__main__"
 
 
 def opening(source: Source) -> Iterator[str]:
     text = ast.get_docstring(source.tree) or ""
-    if not re.match(r".+\.$", text.split("\n\n", maxsplit=1)[0].replace("\n", " ")):
+    if source.lines and not re.match(r".+\.$", text.split("\n\n", maxsplit=1)[0].replace("\n", " ")):
         yield f"{source.path} does not open with a sentence saying what it is"
 
 
 def size(source: Source) -> Iterator[str]:
-    if source.lines > MOST_LINES:
-        yield f"{source.path} has {source.lines} lines, more than {MOST_LINES}"
+    most = MOST_LINES.get(source.path.parts[0], MOST)
+    if source.lines > most:
+        yield f"{source.path} has {source.lines} lines, more than {most}"
 
 
 def _words(name: str) -> set[str]:
@@ -93,7 +95,9 @@ def test_every_file_of_the_product_keeps(law: Callable[[Source], Iterator[str]])
 
 
 def test_every_event_is_logged_somewhere() -> None:
-    text = "\n".join((ROOT / source.path).read_text(encoding="utf-8") for source in product() if source.room != "telemetry")
+    text = "\n".join(
+        (ROOT / source.path).read_text(encoding="utf-8") for source in product() if source.room != "telemetry"
+    )
     assert [event for event in EVENTS if f'"{event}"' not in text] == []
 
 

@@ -47,7 +47,12 @@ def sources() -> tuple[Source, ...]:
 def parse(text: str, path: Path) -> Source:
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("infinillm", *parts) if parts[0] == "kernels" else parts
-    return Source(path.relative_to(ROOT), ".".join(parts).removesuffix(".__init__"), ast.parse(text, str(path)), len(text.splitlines()))
+    return Source(
+        path.relative_to(ROOT),
+        ".".join(parts).removesuffix(".__init__"),
+        ast.parse(text, str(path)),
+        len(text.splitlines()),
+    )
 
 
 def product() -> tuple[Source, ...]:

@@ -173,15 +173,15 @@ def test_unsupported_is_refused_by_name() -> None:
 
 
 def test_default_model_is_transformers_own(smollm: Path) -> None:
-    """SmolLM2-135M, float32: 48 greedy tokens of a chat, prefilled whole and in odd chunks."""
+    """SmolLM2-135M, float32: 32 greedy tokens of a chat, prefilled whole and in odd chunks."""
     oracle = transformers.AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
     question = [{"role": "user", "content": "Name three rivers of Europe, and say where each meets the sea."}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
-    want, scores = tiny.oracle(oracle, prompt, 48)
+    want, scores = tiny.oracle(oracle, prompt, 32)
     model = tiny.decoder(smollm, fastest(CPU))
     for chunk in (len(prompt), 7):
-        got, mine = tiny.generate(model, prompt, 48, chunk)
+        got, mine = tiny.generate(model, prompt, 32, chunk)
         assert got == want
         assert (mine - scores).abs().max() < 1e-3
-    assert len(set(want)) > 16
+    assert len(set(want)) > 12

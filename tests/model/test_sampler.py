@@ -117,6 +117,16 @@ def test_a_nucleus_wider_than_the_shortlist_is_exact(monkeypatch: pytest.MonkeyP
     assert len({c.token for c in whole}) > 20
 
 
+def test_company_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mix of parameters in one batch, with tied scores, gives what each row gets alone."""
+    monkeypatch.setattr(sampler, "SHORTLIST", 4)
+    asked = [{}, {"top_k": 4}, {"top_k": 4, "top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.3}, {"min_p": 0.2}, {"top_k": 9}]
+    rows = [row(seed=n, temperature=1.0, **kw) for n, kw in enumerate(asked * 8)]
+    logits = random_logits(len(rows)).round()
+    together = sample(logits, rows)
+    assert together == [sample(logits[n : n + 1], [one])[0] for n, one in enumerate(rows)]
+
+
 @given(st.integers(0, 2**32), st.floats(0.05, 0.999), st.integers(0, 60), st.floats(0.0, 0.5))
 def test_a_draw_is_among_what_a_plain_definition_allows(seed: int, top_p: float, top_k: int, min_p: float) -> None:
     logits = random_logits(1, seed=seed % 1000)
@@ -153,6 +163,15 @@ def test_uniform_is_uniform_for_any_seed(seed: int) -> None:
     assert 0 <= drawn.min() < drawn.max() < 1
     assert torch.histc(drawn, 10, 0.0, 1.0).sub(400).abs().max() < 80
     assert abs(torch.corrcoef(torch.stack([drawn[1:], drawn[:-1]]))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.5, 1 - 2.0**-53])
+@pytest.mark.parametrize("asked", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.01}])
+def test_the_ends_of_luck_never_pick_the_impossible(luck: float, asked: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda seed, count: luck)
+    logits = torch.full((1, V), float("-inf"))
+    logits[0, 10:13] = torch.tensor([1.0, 0.9, 0.8])
+    assert sample(logits, [row(temperature=1.0, **asked)])[0].token == {0.0: 10, 0.5: 11}.get(luck, 12)
 
 
 def test_uniform_differs_between_neighbouring_seeds() -> None:

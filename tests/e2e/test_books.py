@@ -1,0 +1,167 @@
+"""A soak: everything that happens to a cluster, in an order drawn once; then every block is free and all books agree."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import grpc.aio
+import httpx
+
+from infinillm import rpc
+from infinillm.errors import InfinillmError
+from infinillm.protos import inference_pb2 as pb
+from tests import tiny
+from tests.e2e import client
+from tests.e2e.client import Ending
+from tests.e2e.conftest import truth
+from tests.e2e.processes import Cluster
+
+INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"]
+SEED = 7
+REQUESTS, AT_A_TIME = 160, 12
+LENGTHS, COUNT = (4, 16, 47, 90, 160, 300, 430, 620, 850), 32
+SECONDS = 120.0
+
+# A client process that says when its stream has begun, and then waits for its end.
+CLIENT = """
+import http.client, json, sys
+host, body = sys.argv[1:]
+http = http.client.HTTPConnection(host, timeout=60)
+http.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+reply = http.getresponse()
+print(reply.readline().decode(), flush=True)
+sys.stdin.read()
+"""
+
+
+class Case(NamedTuple):
+    """One request, what it must answer with, and what came of it."""
+
+    kind: str
+    want: list[int]
+    ending: Ending
+
+
+class Soak:
+    """The requests of one run; `kinds` says how often each is drawn."""
+
+    kinds = {"whole": 40, "stream": 30, "grpc": 8, "left": 16, "vanished": 6, "too long": 6, "wrong": 6, "killed": 3}
+
+    def __init__(self, pool: Cluster, http: httpx.AsyncClient, channel: grpc.aio.Channel):
+        self.pool, self.http, self.grpc = pool, http, rpc.Client(channel, INFERENCE)
+        self.rng = random.Random(SEED)
+        self.cases: list[Case] = []
+        self.seats = asyncio.Semaphore(AT_A_TIME)
+
+    def draw(self) -> Awaitable[None]:
+        (kind,) = self.rng.choices(list(self.kinds), list(self.kinds.values()))
+        prompt, want = truth(self.rng.choice(LENGTHS), 30 + self.rng.randrange(2), COUNT)
+        count, after = self.rng.randint(1, COUNT), self.rng.randint(1, COUNT)
+        deeds: dict[str, Callable[[], Awaitable[Ending]]] = {
+            "whole": lambda: client.ask(self.http, prompt, count),
+            "stream": lambda: client.ask(self.http, prompt, count, stream=True),
+            "grpc": lambda: self.by_grpc(prompt, count),
+            "left": lambda: client.leave(self.http, prompt, 100, after=min(after, 12)),
+            "vanished": lambda: self.vanish(prompt, after / 100),
+            "too long": lambda: client.ask(self.http, tiny.prompt(1100, after), 8, stream=after % 2 == 0),
+            "wrong": lambda: client.ask(self.http, prompt, -count),
+            "killed": lambda: self.killed(prompt),
+        }
+        return self._seated(kind, want[:count], deeds[kind])
+
+    async def _seated(self, kind: str, want: list[int], deed: Callable[[], Awaitable[Ending]]) -> None:
+        async with self.seats:
+            ending = await deed()
+        self.cases.append(Case(kind, want, ending))
+
+    # --- the less common deeds -----------------------------------------------------------------------------------
+
+    async def by_grpc(self, prompt: list[int], count: int) -> Ending:
+        parameters = pb.GenerateParameters(max_tokens=count, temperature=0, ignore_eos=True)
+        asked = pb.GenerateRequest(tokens=pb.TokenIds(ids=prompt), parameters=parameters)
+        tokens: list[int] = []
+        reason = ""
+        try:
+            async for said in self.grpc.Generate(asked, timeout=60.0):
+                tokens += said.tokens
+                reason = said.finish_reason or reason
+        except InfinillmError as error:
+            return Ending("", tokens, status=error.http_status, error={"message": error.message})
+        return Ending("", tokens, reason)
+
+    async def vanish(self, prompt: list[int], seconds: float) -> Ending:
+        """Hang up after a moment, whether there was an answer or not."""
+        try:
+            return await asyncio.wait_for(client.ask(self.http, prompt, 100), seconds)
+        except asyncio.TimeoutError:
+            return Ending("", [])
+
+    async def killed(self, prompt: list[int]) -> Ending:
+        """A client that is a process, and is killed in the middle of its stream."""
+        argv = [sys.executable, "-S", "-c", CLIENT, self.pool.gateway.said["http"]]
+        process = await asyncio.create_subprocess_exec(
+            *argv, json.dumps(client.body(prompt, 150, stream=True)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert await process.stdout.readline()
+        process.kill()
+        await process.communicate()
+        return Ending("", [])
+
+
+async def soak(pool: Cluster) -> list[Case]:
+    async with client.client(pool.url) as http, rpc.channel(pool.gateway.said["grpc"]) as channel:
+        run = Soak(pool, http, channel)
+        tasks = [asyncio.ensure_future(run.draw()) for _ in range(REQUESTS)]
+        again: asyncio.Future[dict[str, str]] | None = None
+        try:
+            for at, done in enumerate(asyncio.as_completed(tasks, timeout=SECONDS)):
+                await done
+                if at == REQUESTS // 3:
+                    pool.controller.kill()
+                    again = asyncio.ensure_future(asyncio.to_thread(pool.start_controller_again().ready))
+            assert again is not None
+            await again  # it takes seconds to start; until then requests go on without it
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, *filter(None, [again]), return_exceptions=True)
+        return run.cases
+
+
+def test_whatever_happens_answers_are_right_and_every_block_is_free_at_the_end(pool: Cluster) -> None:
+    print(f"seed {SEED}")
+    began = len(pool.ledger().nodes), pool.ledger().epoch
+    cases = asyncio.run(soak(pool))
+    assert len(cases) == REQUESTS
+    failed: Counter[str] = Counter()
+    for kind, want, ending in cases:
+        tokens, error = ending.tokens, ending.error
+        if kind == "too long":
+            assert error is not None and error["message"] and not tokens
+            assert ending.status == 400 or "controller" in error["message"], ending
+        elif kind == "wrong":
+            assert error is not None and (ending.status, error["param"]) == (400, "max_tokens"), ending
+        elif error is not None:
+            failed[error["message"]] += 1
+            assert error["message"] and ending.status in {200, 429, 503}, ending
+            assert tokens == want[: len(tokens)], kind
+        elif kind in {"whole", "stream", "grpc"}:
+            assert (tokens, ending.finish_reason) == (want, "length"), kind
+        else:
+            assert tokens[: len(want)] == want[: len(tokens)], kind
+    print(Counter(case.kind for case in cases), failed)
+    assert set(Soak.kinds) == {case.kind for case in cases}, "the seed must draw every kind"
+    assert sum(failed.values()) <= REQUESTS // 20, failed
+    pool.settle()
+    assert (len(pool.ledger().nodes), pool.ledger().epoch > began[1]) == (began[0], True)
+    for worker in pool.workers.values():
+        said = [event for event in worker.events if event["event"] in {"rpc_failed", "law_broken"}]
+        assert not said, said

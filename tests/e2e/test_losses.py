@@ -1,0 +1,115 @@
+"""Processes that die or fall silent, and clients that leave: the others go on, and nothing stays behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from tests.e2e import client
+from tests.e2e.client import Ending, Stream
+from tests.e2e.conftest import truth
+from tests.e2e.processes import Cluster, until
+
+LENGTH, COUNT, MOST = 600, 100, 400  # tokens; LENGTH + MOST takes all three workers
+SILENCE = 5.0  # seconds after which a worker takes a peer for lost
+
+
+def lost(pool: Cluster, home: str) -> list[dict[str, Any]]:
+    return [event for event in pool.workers[home].events if event["event"] == "node_lost"]
+
+
+def home_and_lender(pool: Cluster, stream: Stream) -> tuple[str, str]:
+    (sequence,) = pool.get(f"/v1/requests/{stream.id}/placement")["data"]
+    (lender,) = {span["node"] for span in sequence["spans"]} - {sequence["node"]}
+    return sequence["node"], lender
+
+
+def test_a_lender_that_is_killed_does_not_change_the_answer(pool: Cluster) -> None:
+    prompt, want = truth(LENGTH, 8, COUNT)
+    with client.streaming(pool.url, prompt, COUNT) as stream:
+        stream.read(5)
+        home, lender = home_and_lender(pool, stream)
+        already = len(lost(pool, home))
+        pool.workers[lender].kill()
+        got = stream.finish()
+    assert (got.error, got.tokens) == (None, want)
+    assert [event["node"] for event in lost(pool, home)[already:]] == [lender], "the kill came while it lent"
+    pool.start_worker_again(lender)
+
+
+def test_a_lender_that_stands_still_for_a_while_does_not_change_the_answer(pool: Cluster) -> None:
+    """It wakes up after it was given up, with its books as they were, and is asked again for the same request."""
+    prompt, want = truth(LENGTH, 9, MOST)
+    with client.streaming(pool.url, prompt, MOST) as stream:
+        stream.read(5)
+        home, lender = home_and_lender(pool, stream)
+        already = len(lost(pool, home))
+        pool.workers[lender].signal(signal.SIGSTOP)
+        try:
+            until(lambda: len(lost(pool, home)) > already, f"{home} gives {lender} up", 4 * SILENCE)
+        finally:
+            pool.workers[lender].signal(signal.SIGCONT)
+        got = stream.finish()
+    assert lost(pool, home)[already:][0]["node"] == lender
+    assert (got.error, got.tokens) == (None, want)
+    (sequence,) = pool.get(f"/v1/requests/{got.id}/placement")["data"]
+    assert lender in {span["node"] for span in sequence["spans"]}, "it is too long for the other two"
+    until(lambda: len(pool.ledger().nodes) == 3, "it is a member again", 15)
+
+
+def test_the_home_of_a_request_that_is_killed_is_an_error_with_a_reason_and_the_next_request_works(
+    pool: Cluster,
+) -> None:
+    prompt, want = truth(LENGTH, 11, COUNT)
+    with client.streaming(pool.url, prompt, COUNT) as stream:
+        stream.read(5)
+        home, _ = home_and_lender(pool, stream)
+        pool.workers[home].kill()
+        got = stream.finish()
+    assert got.error is not None and got.error["message"] and got.tokens == want[: len(got.tokens)]
+    assert got.error["code"] == "service_unavailable"
+    assert client.complete(pool.url, prompt[:200], 4).error is None, "somebody else serves it"
+    pool.start_worker_again(home)
+
+
+@pytest.mark.parametrize("after", [0, 5], ids=["before the first token", "in the middle"])
+def test_a_client_that_leaves_frees_its_blocks_within_a_second(pool: Cluster, after: int) -> None:
+    prompt, _ = truth(LENGTH, 12 + after, 4)
+
+    def used() -> list[int]:
+        said = [pool.books(name) for name in pool.workers]
+        return [s.node.used + sum(loan.used for loan in s.loans) + s.node.running + s.node.waiting for s in said]
+
+    with client.streaming(pool.url, prompt, 400) as stream:
+        if after:
+            stream.read(after)
+        until(lambda: any(used()), "it is being computed", 5)
+    left = time.monotonic()
+    until(lambda: not any(used()), "no block is used", 1.0)
+    assert time.monotonic() - left < 1.0
+
+
+def test_a_controller_that_is_killed_is_not_missed_by_who_runs_and_learns_everything_again(pool: Cluster) -> None:
+    prompt, want = truth(LENGTH, 13, 400)
+    epoch = pool.ledger().epoch
+    with client.streaming(pool.url, prompt, 400) as stream:
+        stream.read(5)
+        home, _ = home_and_lender(pool, stream)
+        pool.controller.kill()
+        short, answer = truth(50, 14, 8)
+        got: Ending = client.complete(pool.url, short, 8)  # the gateway routes alone
+        assert (got.error, got.tokens) == (None, answer)
+        assert pool.start_controller_again().ready()["address"] == pool.address
+        until(lambda: len(pool.ledger().nodes) == 3, "all workers in the new ledger", 10)
+        ledger = pool.ledger()
+        assert ledger.epoch > epoch
+        until(
+            lambda: pool.ledger().loans or not pool.books(home).node.running,
+            "the new ledger has the loans of before",
+            2.0,
+        )
+        got = stream.finish()
+    assert (got.error, got.tokens) == (None, want)
