@@ -65,7 +65,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; where `special`, with what the model expects around a text (often one in front)."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+            ids: list[int] = self._backend.encode_batch([text], add_special_tokens=special)[0].ids  # lets go of the GIL
         except (TypeError, UnicodeEncodeError) as error:
             raise BadRequest(f"prompt is not valid Unicode text: {error}", field="prompt") from error
         return ids
