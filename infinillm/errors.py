@@ -1,17 +1,17 @@
 """Every failure a caller can meet, with the status it travels as and whether trying again can help.
 
-    InfinillmError
-      BadRequest     INVALID_ARGUMENT    400  no retry   the caller must change the named field
-      NotFound       NOT_FOUND           404  no retry   no such model or request
-      TooLong        OUT_OF_RANGE        400  no retry   no pool of this size can hold the request
-      Overloaded     RESOURCE_EXHAUSTED  429  retry      no room now
-      Unavailable    UNAVAILABLE         503  retry      a process we need is not there (yet)
-        PortClosed                                       the other end of a port is gone
-        NodeLost                                         a node stopped answering
-      DeadlineExceeded DEADLINE_EXCEEDED 504  retry      nobody answered in time
-      Cancelled      CANCELLED           499  no retry   the caller left
-      Stale          ABORTED             409  no retry   the sender's epoch or incarnation has been superseded
-      Broken         INTERNAL            500  no retry   a law of ours failed
+InfinillmError
+  BadRequest     INVALID_ARGUMENT    400  no retry   the caller must change the named field
+  NotFound       NOT_FOUND           404  no retry   no such model or request
+  TooLong        OUT_OF_RANGE        400  no retry   no pool of this size can hold the request
+  Overloaded     RESOURCE_EXHAUSTED  429  retry      no room now
+  Unavailable    UNAVAILABLE         503  retry      a process we need is not there (yet)
+    PortClosed                                       the other end of a port is gone
+    NodeLost                                         a node stopped answering
+  DeadlineExceeded DEADLINE_EXCEEDED 504  retry      nobody answered in time
+  Cancelled      CANCELLED           499  no retry   the caller left
+  Stale          ABORTED             409  no retry   the sender's epoch or incarnation has been superseded
+  Broken         INTERNAL            500  no retry   a law of ours failed
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Store:
         size = (shape.layers, 2, blocks, shape.kv_heads, shape.block_size, shape.head_dim)
         self.pool = torch.empty(size, dtype=self.dtype, device=device)
         if device.type == "cpu":
-            _want_huge_pages(self.pool)
+            want_huge_pages(self.pool)
         self.pool.zero_()  # touched here, so that no page faults later
         self._layers = [(layer[0], layer[1]) for layer in self.pool]
 
@@ -91,7 +91,7 @@ class Store:
         self.body.copy_blocks(source.pool, self.pool, source_ids, target_ids)
 
 
-def _want_huge_pages(pool: Tensor) -> None:
+def want_huge_pages(pool: Tensor) -> None:
     """Ask Linux to back the pool by huge pages; elsewhere, or when refused, nothing changes."""
     start = -(-pool.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (pool.data_ptr() + pool.nbytes - start) // HUGE_PAGE * HUGE_PAGE

@@ -70,15 +70,13 @@ class Seen:
     last: float = 0.0
     pool: Mapping[str, Any] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)  # blocks of this request by node: the most seen
-    loans: Sequence[Mapping[str, Any]] = ()
+    home: str = ""  # the worker that serves it
     usage: Mapping[str, Any] | None = None
 
     def look(self, pool: Mapping[str, Any]) -> None:
         self.pool = pool
         for layout in pool.get("layouts") or ():
             self.place(layout["spans"])
-        if pool.get("loans"):
-            self.loans = pool["loans"]
 
     def place(self, spans: Sequence[Mapping[str, Any]]) -> None:
         held: dict[str, int] = {}
@@ -130,8 +128,9 @@ async def _ask(api: Api, settings: config.Demo, messages: Sequence[Message], see
             seen.answer += piece.text
             seen.pieces += 1
             if seen.pieces == 1:  # it is alive: ask its worker itself
-                for sequence in await api.placement(seen.id):
-                    seen.place(sequence["spans"])
+                (sequence,) = await api.placement(seen.id)
+                seen.home = str(sequence["node"])
+                seen.place(sequence["spans"])
 
 
 async def _show(api: Api, screen: Console, seen: Seen, asking: asyncio.Task[None], addresses: Sequence[str]) -> None:
@@ -172,8 +171,8 @@ async def _settle(api: Api) -> Mapping[str, Any]:
 def _outcome(screen: Console, seen: Seen, kv_blocks: int) -> None:
     screen.print(Panel(Text(seen.answer.strip(), style="bold green"), title="answer", title_align="left"))
     screen.print(drawn(seen))
-    for loan in sorted(seen.loans, key=lambda loan: str(loan["lender"])):
-        screen.print(f"              {loan['lender']} lent {loan['borrower']} {loan['blocks']} blocks", highlight=False)
+    for node in sorted(set(seen.held) - {seen.home} if seen.home else ()):
+        screen.print(f"              {node} lent {seen.home} {seen.held[node]} blocks", highlight=False)
     prompt = int((seen.usage or {}).get("prompt_tokens") or seen.prompt)
     reading = seen.first - seen.since
     screen.print(

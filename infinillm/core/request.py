@@ -9,9 +9,9 @@ from infinillm.core.types import Chunk, Layout, SeqId
 from infinillm.errors import BadRequest
 
 MOST_LOGPROBS = 20
-MOST_STOPS = 16
-MOST_BIASES = 1024
+MOST_STOP_TOKENS = 1024
 MOST_SEQUENCES = 16
+MOST_BIASES = 1024
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -62,6 +62,8 @@ class Sampling:
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if len(self.logit_bias) > MOST_BIASES:
             raise BadRequest(f"logit_bias has more than {MOST_BIASES} entries", field="logit_bias")
+        if len(self.stop_token_ids) > MOST_STOP_TOKENS:
+            raise BadRequest(f"stop_token_ids has more than {MOST_STOP_TOKENS} entries", field="stop_token_ids")
         for token, bias in self.logit_bias:
             _within("logit_bias", token, 0, 2**31 - 1)
             _within("logit_bias", bias, -100.0, 100.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -31,6 +32,7 @@ from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
 
 RETRY_SECONDS = 0.25  # between two wishes to borrow that were refused
+MOST_FAILED = 3  # passes in a row that may raise
 MOST_ADMITTED = 8  # sequences in one step
 KEPT_PLACEMENTS = 256
 
@@ -69,6 +71,7 @@ class Engine:
         self.last_step = time.monotonic()
         self.failure: BaseException | None = None
         self._step = 0
+        self._failed = 0  # passes in a row that raised
         self._again: tuple[Grow, ...] = ()  # what nodes of a failed pass may not have heard
         self._asking = False
         self._ask_again = 0.0
@@ -121,6 +124,10 @@ class Engine:
         except NodeLost as lost:
             self._lose(lost, step)
             return False
+        except Exception as defect:  # noqa: BLE001  one request's data must not end everybody's engine
+            self._give_up(step, defect)
+            return False
+        self._failed = 0
         self._again = ()
         outputs = self.append(step, sampled, prompts)
         self._count(step, time.monotonic() - began)
@@ -292,6 +299,18 @@ class Engine:
             outputs.append(Output(sequence.id, error=error))
             self._finish(sequence, "error")
         self.publish(outputs)
+
+    def _give_up(self, step: Step, defect: Exception) -> None:
+        """A pass raised: its requests fail with the reason. Where nothing succeeds any more, the engine ends."""
+        self._failed += 1
+        if self._failed == MOST_FAILED:
+            raise defect
+        error = InfinillmError(f"the pass failed: {type(defect).__name__}: {defect}")
+        log("pass_failed", requests=len(step.chunks), reason=error.message, trace=traceback.format_exc())
+        self.lenders.reset({s.node for chunk in step.chunks for s in self.sequences[chunk.seq].layout})
+        for chunk in step.chunks:
+            self._finish(self.sequences[chunk.seq], "error")
+        self.publish([Output(chunk.seq, error=error) for chunk in step.chunks])
 
     def _lose(self, lost: NodeLost, step: Step) -> None:
         """Forget what a lost node held; the pass in hand does not count. Holes are pending work from now on."""

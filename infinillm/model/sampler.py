@@ -46,8 +46,10 @@ class Choice(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def check(sampling: Sampling, vocab: int) -> None:
-    """Refuse token ids outside the vocabulary. Raises BadRequest naming the field."""
+def check(sampling: Sampling, vocab: int, eos_ids: Sequence[int]) -> None:
+    """Refuse ids outside the vocabulary, and stops that leave nothing to say. Raises BadRequest naming the field."""
+    if sampling.min_tokens and len({*sampling.stop_token_ids, *eos_ids}) >= vocab:
+        raise BadRequest("min_tokens with every token a stop leaves no token to choose", field="stop_token_ids")
     named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
     for field, ids in named.items():
         for token in ids:

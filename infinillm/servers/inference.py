@@ -124,7 +124,10 @@ class Inference:
         """Token ids from outside, as a prompt."""
         size, limit = self.tokenizer.vocab_size, self.pool.limit
         if limit and len(tokens) > limit:
-            raise TooLong(f"this server takes requests of up to {limit:,} tokens, not {len(tokens):,}", field="prompt")
+            raise TooLong(
+                f"this server takes requests of up to {self.pool.capacity:,} tokens now, not {len(tokens):,}",
+                field="prompt",
+            )
         if tokens and (min(tokens) < 0 or max(tokens) >= size):
             raise BadRequest(f"prompt has token ids outside the vocabulary of {size}", field="prompt")
         return tuple(tokens)
@@ -133,7 +136,9 @@ class Inference:
         """Refuse, before any work, a text that no number of tokens within the limit can spell."""
         limit = self.pool.limit
         if limit and count > limit * self._longest_token:
-            raise TooLong(f"{count:,} characters are more than {limit:,} tokens can spell", field=field)
+            raise TooLong(
+                f"{count:,} characters are more than the {self.pool.capacity:,} tokens of now can spell", field=field
+            )
 
     def _check_sampling(self, sampling: Sampling) -> None:
         size = self.tokenizer.vocab_size
@@ -156,7 +161,7 @@ class Inference:
         if limit and prompt_tokens + least > limit:
             asked = f"{prompt_tokens:,} in the prompt and {least:,} to produce"
             raise TooLong(
-                f"this server takes requests of up to {limit:,} tokens; this one has {asked}",
+                f"this server takes requests of up to {self.pool.capacity:,} tokens now; this one has {asked}",
                 field=fields[0] if wanted is None or prompt_tokens >= limit else fields[1],
             )
         if wanted is not None:

@@ -116,6 +116,19 @@ async def _ready(child: Child, seconds: float) -> dict[str, Any]:
     raise Unavailable(f"{child.name} ended with status {code} before it was ready; its last words:{child.last_words}")
 
 
+async def _all_ready(children: list[Child], what: str, say: Say) -> None:
+    """Wait for all together, so that the first that cannot start is told at once."""
+    waits = [asyncio.create_task(_ready(child, START_SECONDS)) for child in children]
+    try:
+        for count, wait in enumerate(asyncio.as_completed(waits)):
+            say(what, count / len(waits))
+            await wait
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
 async def _end(children: list[Child], grace: float) -> None:
     """SIGTERM, then SIGKILL for who is still there after `grace` seconds."""
     for child in children:
@@ -197,11 +210,7 @@ async def cluster(
             for index in range(settings.workers)
         ]
         gateway = await start("gateway", "gateway", settings.gateway(address))
-        for count, worker in enumerate(workers):
-            say(f"loading the model in {settings.workers} workers", count / settings.workers)
-            await _ready(worker, START_SECONDS)
-        say("starting the gateway", 0.0)
-        await _ready(gateway, START_SECONDS)
+        await _all_ready([*workers, gateway], f"loading the model in {settings.workers} workers", say)
         say("ready", 1.0)
         yield Cluster(controller, workers, gateway)
     finally:

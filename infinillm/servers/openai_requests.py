@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from infinillm.core.request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, Sampling
+from infinillm.core.request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STOP_TOKENS, Sampling
 from infinillm.errors import BadRequest
 from infinillm.servers.inference import MOST_STOP_CHARS, MOST_STOP_STRINGS
 
 MOST_PROMPTS = 256
 MOST_CHOICES = 256  # of one request: prompts times n
 MOST_MESSAGES = 65536
-MOST_STOP_IDS = 1024
 
 # Fields we do not honour, and the values of them that ask for nothing.
 NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -112,7 +111,7 @@ class Asked(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

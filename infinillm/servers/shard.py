@@ -49,7 +49,7 @@ class ShardService:
         if prompt and max(prompt) >= self.vocabulary:
             raise BadRequest(f"token {max(prompt)} is beyond the vocabulary of {self.vocabulary}", field="prompt")
         sampling = wire.sampling_from_wire(request.sampling)
-        sampler.check(sampling, self.vocabulary)
+        sampler.check(sampling, self.vocabulary, tuple(request.eos_ids))
         wanted = Request(
             request.id,
             prompt,

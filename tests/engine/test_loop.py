@@ -172,15 +172,33 @@ def test_stopping_fails_what_was_running_with_a_reason():
     assert b.memory.blocks.room == 8 and not b.engine.alive
 
 
+def test_a_pass_that_raises_fails_its_requests_and_the_next_one_works():
+    b = Bench()
+    works, b.runner.run = b.runner.run, lambda *_: 1 / 0  # type: ignore[method-assign]
+    b.submit("bad", [1, 2, 3])
+    b.turn()
+    b.runner.run = works  # type: ignore[method-assign]
+    b.submit("good", [1, 2, 3])
+    b.turn(4)
+    with pytest.raises(InfinillmError, match="ZeroDivisionError"):
+        b.of("bad")
+    assert b.of("good") == ([6, 2, 4, 8], "length")
+    assert b.memory.blocks.room == 8
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_defect_fails_requests_and_ends_the_engine():
+def test_an_engine_in_which_nothing_succeeds_ends_and_says_why():
     b = Bench()
     b.runner.run = lambda *_: 1 / 0  # type: ignore[method-assign]
-    b.submit("s", [1, 2, 3])
-    b.engine.start()
+    for name in ("one", "two", "three"):
+        b.submit(name, [1, 2, 3])
+        b.engine.start() if name == "one" else None
+        while b.engine.alive and not any(o.id == name for o in b.published):
+            b.engine._thread.join(0.01)
     b.engine._thread.join()
-    with pytest.raises(InfinillmError, match="ZeroDivisionError"):
-        b.of("s")
+    for name in ("one", "two", "three"):
+        with pytest.raises(InfinillmError, match="ZeroDivisionError"):
+            b.of(name)
     assert not b.engine.alive and isinstance(b.engine.failure, ZeroDivisionError)
 
 

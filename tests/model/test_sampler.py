@@ -256,11 +256,19 @@ def test_score_of_given_tokens() -> None:
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
-    check(Sampling(logit_bias=((V - 1, 1.0),), stop_token_ids=(0,)), V)
+    check(Sampling(logit_bias=((V - 1, 1.0),), stop_token_ids=(0,)), V, ())
     for bad, field in (
         (Sampling(logit_bias=((V, 1.0),)), "logit_bias"),
         (Sampling(stop_token_ids=(-1,)), "stop_token_ids"),
     ):
         with pytest.raises(BadRequest) as caught:
-            check(bad, V)
+            check(bad, V, ())
         assert caught.value.field == field
+
+
+def test_stops_that_leave_nothing_to_say_are_refused() -> None:
+    every = tuple(range(1, V))
+    check(Sampling(stop_token_ids=every), V, (0,))
+    check(Sampling(stop_token_ids=every, min_tokens=1), V, ())
+    with pytest.raises(BadRequest, match="no token to choose"):
+        check(Sampling(stop_token_ids=every, min_tokens=1), V, (0,))
