@@ -74,7 +74,7 @@ class Worker:
     lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
     loan_seconds: float = option(10.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
     port_kind: str = option("auto", "how tensors travel; auto: shm on one host, else tcp", choices=PORTS)
-    patience_seconds: float = option(5.0, _PATIENCE, least=0.01, most=3600)
+    patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
     threads: int = option(1, _THREADS, least=1, most=1024)
     device: str = option("auto", "where the model runs; auto: cuda if there is one", choices=DEVICES)
     memory_only: bool = option(False, "own and lend memory, serve no model")
@@ -138,7 +138,7 @@ class Serve:
     policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
     threads: int = option(1, _THREADS, least=1, most=1024)
     port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
-    patience_seconds: float = option(5.0, _PATIENCE, least=0.01, most=3600)
+    patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
     metrics_port: int = option(
         0, "/metrics of the controller, then of each worker one higher; 0: free ones", least=0, most=64000
     )

@@ -283,6 +283,7 @@ EVENTS: dict[str, tuple[str, str]] = {
     "conversation_ended": ("info", "a borrower is gone, or we sent it away, and why"),
     "node_lost": ("warning", "a lender is gone with the K/V it held; that is computed again"),
     # Requests.
+    "pass_failed": ("error", "a forward pass raised what it should not; the requests in it end with an error"),
     "preempted": ("info", "a request gave its blocks back and waits again"),
     "request_refused": ("info", "a request was answered with an error of the caller's"),
     "route_refused": ("info", "no node could be named for a request, and why"),
