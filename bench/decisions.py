@@ -136,7 +136,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
     layouts = {sequence.id: sequence.layout for sequence in sequences}
     return calls | {
         f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, matches={}, patient=True),
-        f"plan of a step, {RUNNING} running": lambda: plan(step, layouts),
+        f"plan of a step, {RUNNING} running": lambda: plan(step, layouts, BLOCK),
     }
 
 

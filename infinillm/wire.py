@@ -141,7 +141,14 @@ def plan_to_wire(plan: Plan) -> pool_pb2.Plan:
         step=plan.step,
         grow=[pool_pb2.Grow(sequence=g.seq, first=g.first, blocks=g.blocks) for g in plan.grow],
         parts=[
-            pool_pb2.Part(sequence=p.seq, start=p.start, stop=p.stop, keep_start=p.keep_start, keep_stop=p.keep_stop)
+            pool_pb2.Part(
+                sequence=p.seq,
+                start=p.start,
+                stop=p.stop,
+                keep_start=p.keep_start,
+                keep_stop=p.keep_stop,
+                holds=p.holds,
+            )
             for p in plan.parts
         ],
     )
@@ -151,7 +158,7 @@ def plan_from_wire(message: pool_pb2.Plan) -> Plan:
     return Plan(
         message.step,
         tuple(Grow(g.sequence, "", g.first, g.blocks) for g in message.grow),
-        tuple(Part(p.sequence, p.start, p.stop, p.keep_start, p.keep_stop) for p in message.parts),
+        tuple(Part(p.sequence, p.start, p.stop, p.keep_start, p.keep_stop, p.holds) for p in message.parts),
     )
 
 

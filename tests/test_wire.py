@@ -49,9 +49,9 @@ plans = st.builds(
     Plan,
     step=u64,
     grow=st.lists(st.builds(Grow, seq=names, node=st.just(""), first=u64, blocks=u32), max_size=5).map(tuple),
-    parts=st.lists(st.builds(Part, seq=names, start=u64, stop=u64, keep_start=u64, keep_stop=u64), max_size=5).map(
-        tuple
-    ),
+    parts=st.lists(
+        st.builds(Part, seq=names, start=u64, stop=u64, keep_start=u64, keep_stop=u64, holds=u32), max_size=5
+    ).map(tuple),
 )
 samplings = st.integers(0, 2**31 - 1).flatmap(
     lambda longest: st.builds(

@@ -50,12 +50,17 @@ def filled(layout: Layout, length: int) -> Layout:
     return tuple(Span(s.node, s.start, min(s.stop, length)) for s in layout if s.start < length)
 
 
-def parts(chunk: Chunk, layout: Layout) -> dict[NodeId, list[Part]]:
+def parts(chunk: Chunk, layout: Layout, block_size: int) -> dict[NodeId, list[Part]]:
     """Each node's share of a chunk: rows that can see something there, and rows whose K/V it keeps.
 
     A node holding only later positions is not asked (visibility is by position).
     """
     asked: dict[NodeId, list[Part]] = {}
+    holds: dict[NodeId, int] = {}
+    for span in layout:
+        if span.start < chunk.stop:
+            held = -(-(min(span.stop, chunk.stop) - span.start) // block_size)
+            holds[span.node] = holds.get(span.node, 0) + held
     for span in layout:
         if span.start >= chunk.stop:
             continue
@@ -63,20 +68,20 @@ def parts(chunk: Chunk, layout: Layout) -> dict[NodeId, list[Part]]:
         keep = keep if keep[0] < keep[1] else (chunk.stop, chunk.stop)
         mine = asked.setdefault(span.node, [])
         if not mine:
-            mine.append(Part(chunk.seq, max(span.start, chunk.start), chunk.stop, *keep))
+            mine.append(Part(chunk.seq, max(span.start, chunk.start), chunk.stop, *keep, holds[span.node]))
         elif keep[0] < keep[1]:
-            mine.append(Part(chunk.seq, chunk.stop, chunk.stop, *keep))
+            mine.append(Part(chunk.seq, chunk.stop, chunk.stop, *keep, holds[span.node]))
     return asked
 
 
-def plan(step: Step, layouts: Mapping[SeqId, Layout]) -> dict[NodeId, Plan]:
+def plan(step: Step, layouts: Mapping[SeqId, Layout], block_size: int) -> dict[NodeId, Plan]:
     """What every node must do during the step. `layouts` already include what the step grows."""
     grow: dict[NodeId, list[Grow]] = {}
     work: dict[NodeId, list[Part]] = {}
     for g in step.grow:
         grow.setdefault(g.node, []).append(g)
     for chunk in step.chunks:
-        for node, mine in parts(chunk, layouts[chunk.seq]).items():
+        for node, mine in parts(chunk, layouts[chunk.seq], block_size).items():
             work.setdefault(node, []).extend(mine)
     return {
         node: Plan(step.id, tuple(grow.get(node, ())), tuple(work.get(node, ())))

@@ -105,7 +105,8 @@ class Part(NamedTuple):
     """One node's share of one chunk: answer query rows [start, stop), keep K/V rows [keep_start, keep_stop).
 
     All four are positions in the sequence, so a part costs the same few bytes whatever the context.
-    An empty query range asks nothing; an empty keep range stores nothing.
+    An empty query range asks nothing; an empty keep range stores nothing. `holds` is how many blocks the asker believes
+    the node has for positions below `stop`: a node that has others refuses, because its answer would be wrong.
     """
 
     seq: SeqId
@@ -113,6 +114,7 @@ class Part(NamedTuple):
     stop: int
     keep_start: int
     keep_stop: int
+    holds: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from infinillm.core.scheduler import Budget, Match, need, schedule
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.messages import Borrowed, Cancel, Load, Message, Output, Stop, Submit
 from infinillm.engine.runner import Runner, told_logprob
-from infinillm.errors import InfinillmError, NodeLost, Overloaded, TooLong
+from infinillm.errors import InfinillmError, NodeLost, Overloaded, Unavailable
 from infinillm.model.sampler import Choice
 from infinillm.pool.ask import PooledAttention
 from infinillm.pool.borrow import Lenders
@@ -119,7 +119,8 @@ class Engine:
         began = time.monotonic()
         try:
             told = replace(step, grow=(*self._again, *step.grow))
-            self.attend.begin(step.chunks, plan(told, {c.seq: self.sequences[c.seq].layout for c in step.chunks}))
+            layouts = {chunk.seq: self.sequences[chunk.seq].layout for chunk in step.chunks}
+            self.attend.begin(step.chunks, plan(told, layouts, self.budget.block_size))
             sampled, prompts = self.runner.run(step.chunks, self.sequences, self.attend)
         except NodeLost as lost:
             self._lose(lost, step)
@@ -251,7 +252,8 @@ class Engine:
                 if isinstance(answer, Refused) and final and not self.running and self.waiting:
                     first = self.waiting[0]
                     self._finish(first, "error")
-                    self.publish([Output(first.id, error=TooLong(answer.reason))])
+                    shrunk = f"the pool has become too small for this request since it was accepted: {answer.reason}"
+                    self.publish([Output(first.id, error=Unavailable(shrunk))])
             case Stop():
                 self._stopping = True
 

@@ -22,7 +22,7 @@ import torch
 
 from infinillm import wire
 from infinillm.core.types import AttentionShape, Loan, Node, NodeId, Plan, Refused, SeqId
-from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed
+from infinillm.errors import BadRequest, Broken, DeadlineExceeded, NotFound, PortClosed
 from infinillm.pool.memory import Memory
 from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
@@ -89,8 +89,8 @@ def answer(memory: Memory, port: Port, talk: Conversation) -> str:
                         return refused.reason
                     try:
                         work = memory.work(plan.parts, talk.borrower)
-                    except KeyError as missing:
-                        return f"plan {plan.step} keeps K/V in a block that was not reserved ({missing})"
+                    except Broken as broken:
+                        return f"plan {plan.step}: {broken.message}"
                     if not work.rows and not work.kept:
                         continue
                     q = torch.empty(work.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)

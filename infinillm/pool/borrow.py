@@ -94,6 +94,7 @@ class Lender:
     blocks: int
     used: dict[SeqId, int] = field(default_factory=dict)
     conversation: Conversation | None = None
+    unsaid: set[SeqId] = field(default_factory=set)  # released while there was no conversation to say it in
     idle_since: float = 0.0
 
     @property
@@ -145,6 +146,8 @@ class Lenders:
         for lender in touched:
             if lender.conversation is not None:
                 lender.conversation.release(seq)
+            else:
+                lender.unsaid.add(seq)
 
     def conversation(self, node: NodeId) -> Conversation:
         """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost."""
@@ -154,7 +157,9 @@ class Lenders:
             raise NodeLost(f"no loan from {node}", node=node)
         if lender.conversation is None:
             try:
-                lender.conversation = self._open(lender.node, lender.address, lender.used)
+                holding = [seq for seq in lender.used if seq not in lender.unsaid]  # what came back since is grown anew
+                lender.conversation = self._open(lender.node, lender.address, holding)
+                lender.unsaid.clear()
             except InfinillmError as error:
                 raise NodeLost(error.message, node=node) from error
         return lender.conversation

@@ -13,6 +13,7 @@ from torch import Tensor
 from infinillm.attention.store import Store, build_table
 from infinillm.core.blocks import OWN, Blocks, Holding, slots
 from infinillm.core.types import Grow, NodeId, Part, Refused
+from infinillm.errors import Broken
 from infinillm.kernels.reference import Table
 
 
@@ -46,7 +47,10 @@ class Memory:
         return None
 
     def work(self, parts: Sequence[Part], owner: NodeId = OWN) -> Work:
-        """The tensors of one step's parts. Raises KeyError where a part keeps K/V in a block nobody reserved."""
+        """The tensors of one step's parts.
+
+        Raises Broken where the asker believes in other blocks than are here: an answer would be silently wrong.
+        """
         asked: list[range] = []
         held: list[tuple[list[int], list[int]]] = []
         kept: list[int] = []
@@ -56,10 +60,15 @@ class Memory:
                 holding = self.blocks.holding(part.seq, owner) or Holding()
                 if part.start < part.stop:
                     seen = bisect_left(holding.firsts, part.stop)
+                    if seen != part.holds:
+                        raise Broken(f"{self.blocks.node} holds {seen} blocks of {part.seq}, not {part.holds}")
                     asked.append(range(part.start, part.stop))
                     held.append((holding.blocks[:seen], holding.firsts[:seen]))
                 if part.keep_start < part.keep_stop:
-                    kept.extend(slots(holding, range(part.keep_start, part.keep_stop), size))
+                    try:
+                        kept.extend(slots(holding, range(part.keep_start, part.keep_stop), size))
+                    except KeyError as first:
+                        raise Broken(f"{self.blocks.node} has no block of {part.seq} at position {first}") from None
         table = build_table(asked, held, self.store.device)
         where = torch.tensor(kept, dtype=torch.int64, device=self.store.device)
         return Work(len(table.positions), len(kept), table, where)

@@ -38,28 +38,31 @@ def test_filled_ends_where_the_tokens_end():
 
 
 def test_a_decode_asks_all_and_is_kept_by_one():
-    assert parts(Chunk("s", 9, 10), (A, B)) == {"a": [Part("s", 9, 10, 10, 10)], "b": [Part("s", 9, 10, 9, 10)]}
+    assert parts(Chunk("s", 9, 10), (A, B), SIZE) == {
+        "a": [Part("s", 9, 10, 10, 10, 2)],
+        "b": [Part("s", 9, 10, 9, 10, 1)],
+    }
 
 
 def test_a_node_holding_only_later_positions_is_not_asked():
-    assert list(parts(Chunk("s", 2, 6), (A, B))) == ["a"]
+    assert list(parts(Chunk("s", 2, 6), (A, B), SIZE)) == ["a"]
 
 
 def test_rows_before_a_span_do_not_ask_it():
-    got = parts(Chunk("s", 4, 12), (A, B))
-    assert got["b"] == [Part("s", 8, 12, 8, 12)] and got["a"] == [Part("s", 4, 12, 4, 8)]
+    got = parts(Chunk("s", 4, 12), (A, B), SIZE)
+    assert got["b"] == [Part("s", 8, 12, 8, 12, 1)] and got["a"] == [Part("s", 4, 12, 4, 8, 2)]
 
 
 def test_two_spans_on_one_node_are_asked_once():
     layout = (A, B, Span("a", 16, 24))
-    assert parts(Chunk("s", 14, 18), layout)["a"] == [Part("s", 14, 18, 18, 18), Part("s", 18, 18, 16, 18)]
+    assert parts(Chunk("s", 14, 18), layout, SIZE)["a"] == [Part("s", 14, 18, 18, 18, 3), Part("s", 18, 18, 16, 18, 3)]
 
 
 def test_a_plan_says_what_to_grow_even_where_nothing_is_asked():
     step = Step(3, (Chunk("s", 0, 4),), (Grow("s", "a", 0, 2), Grow("s", "b", 8, 2)))
-    plans = plan(step, {"s": (A, B)})
+    plans = plan(step, {"s": (A, B)}, SIZE)
     assert plans["b"].grow == (Grow("s", "b", 8, 2),) and plans["b"].parts == ()
-    assert plans["a"].parts == (Part("s", 0, 4, 0, 4),) and plans["a"].step == 3
+    assert plans["a"].parts == (Part("s", 0, 4, 0, 4, 1),) and plans["a"].step == 3
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3)), min_size=1, max_size=8), st.data())
@@ -70,7 +73,7 @@ def test_every_row_is_kept_once_and_sees_everything_before_it(pieces, data):
     end = layout[-1].stop
     start = data.draw(st.integers(0, end - 1))
     stop = data.draw(st.integers(start + 1, end))
-    got = parts(Chunk("s", start, stop), layout)
+    got = parts(Chunk("s", start, stop), layout, SIZE)
     kept = [(p, node) for node, mine in got.items() for part in mine for p in range(part.keep_start, part.keep_stop)]
     assert sorted(p for p, _ in kept) == list(range(start, stop))
     assert all(any(s.node == node and s.start <= p < s.stop for s in layout) for p, node in kept)

@@ -14,7 +14,7 @@ from infinillm.core.scheduler import Budget
 from infinillm.core.types import AttentionShape, Refused
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed, Cancel, Output, Submit
-from infinillm.errors import InfinillmError, Overloaded, TooLong
+from infinillm.errors import InfinillmError, Overloaded, Unavailable
 from infinillm.kernels import reference
 from infinillm.model.sampler import Choice
 from infinillm.pool.borrow import Lenders
@@ -132,7 +132,7 @@ def test_short_of_blocks_it_wishes_once_and_waits_for_the_answer():
     assert b.wishes == [(1, 2, 23)] and b.runner.computed == []
     b.engine.inbox.put(Borrowed(Refused("nobody has any"), final=True))
     b.turn()
-    with pytest.raises(TooLong, match="nobody has any"):
+    with pytest.raises(Unavailable, match="nobody has any"):
         b.of("s")
 
 
