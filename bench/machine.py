@@ -54,10 +54,11 @@ def _cpu() -> str:
 
 def _commit() -> str:
     try:
-        asked = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        words = ["git", "describe", "--always", "--dirty"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return said.stdout.strip()
 
 
 def say(text: str) -> None:

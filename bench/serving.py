@@ -20,6 +20,7 @@ import asyncio
 import json
 import random
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -39,11 +40,11 @@ from infinillm.model import files
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("ours", "transformers", "vllm", "remote")
 BLOCK = 16  # tokens; infinillm's default
-WORDS = (
-    "the a of and to in water river stone house night winter captain letter garden market engine record valley light "
-    "small old quiet long first last green heavy narrow early open broken careful distant walked opened carried found "
-    "wrote counted crossed waited turned left under behind across after before without every some never again slowly"
-).split()
+WORDS = """\
+    the a of and to in water river stone house night winter captain letter garden market engine record valley light
+    small old quiet long first last green heavy narrow early open broken careful distant walked opened carried found
+    wrote counted crossed waited turned left under behind across after before without every some never again slowly
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,12 @@ class Prompts:
     """Prompts of exact lengths, never the same twice, and the same ones for every system."""
 
     def __init__(self, folder: Path):
+        self.words = WORDS.split()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def make(self, name: str, length: int) -> list[int]:
         rng = random.Random(name)
-        text = " ".join(rng.choice(WORDS) + ("." if rng.random() < 0.1 else "") for _ in range(length + 8))
+        text = " ".join(rng.choice(self.words) + ("." if rng.random() < 0.1 else "") for _ in range(length + 8))
         tokens: list[int] = self.tokenizer.encode(f"{name}: {text}", add_special_tokens=False).ids
         assert len(tokens) >= length
         return tokens[:length]
@@ -127,7 +129,8 @@ def choose(parts: set[str], folder: Path, dtype: str, sizes: Sizes, port: int) -
         found.append(Entry(one, every))
     if parts & {"ours", "remote"}:
         local = systems.ours("infinillm-3-workers-local", folder, dtype, workers=3, threads=1, kv_blocks=whole)
-        half = systems.ours("infinillm-3-workers-half-remote", folder, dtype, workers=3, threads=1, kv_blocks=sizes.half_blocks)
+        few = sizes.half_blocks
+        half = systems.ours("infinillm-3-workers-half-remote", folder, dtype, workers=3, threads=1, kv_blocks=few)
         found.append(Entry(local, every if "ours" in parts else ("long",)))
         found.append(Entry(half, ("long",)))
     if "transformers" in parts:
@@ -168,7 +171,7 @@ async def measure(entry: Entry, kind: str, round_: int, prompts: Prompts, sizes:
                 return await entry.system.ask(several, sizes.count)
 
     replies, others = await quiet.take(sample)
-    if len(asked) == 1 and kind != "throughput":
+    if kind != "throughput" and len(asked) == 1:  # the prompts of another try are others
         entry.said[asked[0]] = replies[0].tokens
     if kind == "throughput":
         told = [("throughput", sum(len(r.tokens) for r in replies) / max(r.times[-1] for r in replies))]
@@ -213,6 +216,9 @@ def agreement(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 async def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # and what was started is ended
     sizes = QUICK if args.quick else Sizes()
     quiet = Quiet(args.quiet, args.tries, args.patience)
     prompts = Prompts(folder)
@@ -227,7 +233,7 @@ async def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             turned = there[round_ % len(there) :] + there[: round_ % len(there)]
             for kind in ("short", "long", "throughput"):
                 for entry in turned:
-                    if kind in entry.kinds:
+                    if kind in entry.kinds and time.monotonic() - began < 60 * args.minutes:
                         await measure(entry, kind, round_, prompts, sizes, quiet)
         for entry in there:
             if isinstance(entry.system, Ours) and entry.system.name.endswith("remote"):
@@ -241,6 +247,7 @@ async def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": files.served_name(args.model),
         "sizes": {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__},
         "seconds": round(time.monotonic() - began),
+        "vllm": systems.VLLM,
         "systems": {entry.system.name: entry.told() for entry in entries},
         "same_tokens": agreement(entries),
         **extra,
@@ -249,11 +256,11 @@ async def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.splitlines()[0])
-    words = {"type": lambda text: text.split(","), "metavar": "PART,..."}
-    parser.add_argument("--only", **words, default=list(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--only", metavar="PART,...", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--model", help="a Hugging Face folder, a GGUF file or a hub id; default: the default model")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of everything")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no new sample after that")
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: shows that it works")
     parser.add_argument("--quiet", type=float, default=0.2, help="cores others may use before a sample is taken again")
     parser.add_argument("--tries", type=int, default=2, help="how often a sample is taken at most")
@@ -261,11 +268,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18102, help="port for vLLM")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     args = parser.parse_args()
+    args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only takes {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
     if args.quick:
         args.rounds = 1
-    folder = files.resolve(args.model, Path.home() / ".cache" / "infinillm", lambda what, share: say(f"{what} {share:.0%}"))
+    cache = Path.home() / ".cache" / "infinillm"
+    folder = files.resolve(args.model, cache, lambda what, share: say(f"{what} {share:.0%}"))
     found = asyncio.run(compare(args, folder))
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     known[args.dtype if len(args.only) == len(PARTS) else f"{args.dtype}, {' and '.join(args.only)} alone"] = found

@@ -38,7 +38,9 @@ class Reply:
 
 class System(Protocol):
     name: str
-    command: str
+
+    @property
+    def command(self) -> str: ...
 
     async def start(self) -> None: ...
 
@@ -220,7 +222,7 @@ def _vllm_home() -> Path:
 
 
 def install_vllm() -> str:
-    """Make vLLM's environment if it is not there (a few minutes, 3.5 GB); its version. Raises Missing with the reason."""
+    """Make vLLM's environment if it is not there (a few minutes, 3.5 GB); its version. Raises Missing."""
     home = _vllm_home()
     if not (home / "ready").exists():
         if shutil.disk_usage(ROOT).free < 8 << 30:

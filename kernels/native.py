@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,18 @@ if TYPE_CHECKING:
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 QUESTION = struct.Struct("@10P4q7i2f")  # Question, as in attention.cpp
 LANES = 16  # widths must be multiples
+LONG = 64  # query rows from which torch's bfloat16 attention, on matrix units, is faster
 MOST_BLOCK = 256  # slots of a block; as in attention.cpp
 MOST_TOKENS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}  # rows of a linear; torch's is faster beyond
+
+
+class Walk(NamedTuple):
+    """A table as the native walk takes it, kept alive with what points into it; torch answers the `long` chunks."""
+
+    asked: Table
+    walked: Table
+    pointers: tuple[int, ...]
+    long: list[tuple[slice, slice]]  # rows, entries
 
 
 class Native:
@@ -40,7 +51,8 @@ class Native:
         self._gate = _bind(library.gate_mul, None, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int)
         self._linear = _bind(library.linear_rows, None, c_int, *[c_void_p] * 4, c_int64, c_int, c_int64, c_int, c_int)
         self._read = _bind(library.read_floats, c_float, c_void_p, c_int64, c_int)
-        self._last: tuple[Table, tuple[int, ...]] | None = None
+        self._last: Walk | None = None
+        self._tiles = torch.cpu._is_amx_tile_supported()
 
     copy_blocks = staticmethod(torch_body.copy_blocks)
 
@@ -84,7 +96,7 @@ class Native:
         blocks, kv_heads, size, dim = k_blocks.shape
         if dim % LANES or size > MOST_BLOCK:
             return torch_body.attend_blocks(q, k_blocks, v_blocks, table, scale=scale, window=window, soft_cap=soft_cap)
-        pointers = self._read_table(q, table)
+        walk = self._walk(q, table, soft_cap)
         tokens, heads, _ = q.shape
         o = torch.empty((tokens, heads, dim), dtype=q.dtype)
         lse = torch.empty((tokens, heads), dtype=torch.float32)
@@ -94,7 +106,7 @@ class Native:
             v_blocks.data_ptr(),
             o.data_ptr(),
             lse.data_ptr(),
-            *pointers,
+            *walk.pointers,
             q.stride(0),
             k_blocks.stride(0),
             v_blocks.stride(0),
@@ -111,17 +123,36 @@ class Native:
         )
         if self._attend(CODES[q.dtype], question):
             raise ValueError(f"table.blocks must lie in a pool of {blocks}")
+        for r, e in walk.long:
+            held, firsts, positions = table.blocks[e], table.firsts[e], table.positions[r]
+            torch_body.attend_sequence(
+                q[r], k_blocks, v_blocks, held, firsts, positions, o[r], lse[r], scale, window, soft_cap
+            )
         return o, lse
 
-    def _read_table(self, q: Tensor, table: Table) -> tuple[int, ...]:
-        """Where a table's tensors are; the last table is remembered, as every layer of a step asks with it."""
+    def _walk(self, q: Tensor, table: Table, soft_cap: float) -> Walk:
+        """The last table is remembered, as every layer of a step asks with it.
+
+        Long bfloat16 chunks go to torch where there are matrix units. Of those the native walk sees no entries, so it
+        leaves the empty part there.
+        """
         last = self._last
-        if last is not None and last[0] is table and table.positions.shape[0] == q.shape[0]:
-            return last[1]
+        if last is not None and last.asked is table and table.positions.shape[0] == q.shape[0]:
+            return last
         check_table(q, table)
-        pointers = tuple(ids.data_ptr() for ids in table)
-        self._last = table, pointers
-        return pointers
+        long: list[tuple[slice, slice]] = []
+        walked = table
+        if self._tiles and q.dtype is torch.bfloat16 and soft_cap == 0 and q.shape[0] >= LONG:
+            rows, spans = table.rows.tolist(), table.spans.tolist()
+            bounds = zip(itertools.pairwise(rows), itertools.pairwise(spans), strict=True)
+            cuts = [(slice(*r), slice(*e)) for r, e in bounds]
+            long = [(r, e) for r, e in cuts if r.stop - r.start >= LONG]
+            kept = [range(0) if r.stop - r.start >= LONG else range(e.start, e.stop) for r, e in cuts]
+            entries = torch.tensor(list(itertools.chain.from_iterable(kept)), dtype=torch.int64)
+            ends = torch.tensor([0, *itertools.accumulate(map(len, kept))], dtype=torch.int32)
+            walked = table._replace(spans=ends, blocks=table.blocks[entries], firsts=table.firsts[entries])
+        self._last = made = Walk(table, walked, tuple(ids.data_ptr() for ids in walked), long)
+        return made
 
     def merge(self, o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         """See reference.merge."""

@@ -114,8 +114,9 @@ def attend_sequence(
     if rest.start < rest.stop:
         count = rest.stop - rest.start
         square = count == q.shape[0] == high - low + 1 and int(at[rest.start]) == low and int(at[stop - 1]) == high
-        seen = None if square and window == 0 else _seen(at[rest], positions, window)
-        parts.append(_flash(q, k[:, rest], v[:, rest], scale, seen, square and window == 0))
+        causal = square and window == 0
+        masked = None if causal else _seen(at[rest], positions, window)
+        parts.append(_flash(q, k[:, rest], v[:, rest], scale, masked, causal))
     whole = parts[0] if len(parts) == 1 else reference.merge(*parts[0], *parts[1])
     o.copy_(whole[0])
     lse.copy_(whole[1])

@@ -1,11 +1,11 @@
 // Attention over blocks with its log-sum-exp, and merge, and rows written into blocks.
 //
 // Theory of operation. Each sequence's rows are cut into bands of at most BAND queries per K/V head; a band and the
-// blocks it sees are a piece of work. All works form one line, each block of a work as long as it costs, cut into equal
-// lengths, one per thread. A thread walks its length in order. A band of few queries (a decode) is bound by memory: block
-// by block, and inside a block head by head, since a block [K, B, D] is contiguous, while the next [B, D] tile is
-// fetched, across the hop to the next block too. A band of many is bound by arithmetic: head by head, and block by
-// block. A work cut between threads leaves one part per thread, and these are merged at the end.
+// blocks it sees are a work. All works form one line, each block of a work as long as it costs, cut into equal lengths,
+// one per thread. A thread walks its length in order. A band of few queries (a decode) is bound by memory: block by
+// block, and inside a block head by head, since a block [K, B, D] is contiguous, while the next [B, D] tile is fetched,
+// across the hop to the next block too. A band of many is bound by arithmetic: head by head, and block by block. A work
+// cut between threads leaves one part per thread, and these are merged at the end.
 
 #include "tiles.h"
 #include <vector>
@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int BAND = 96; // queries of a K/V head whose running state stays in the second-level cache
+constexpr int KICK = 6; // lines of a far tile
 constexpr int FEW = 12;  // queries up to which memory is the bound
 
 struct Question {
@@ -53,7 +54,7 @@ struct Room {
     float *q, *turned, *p, *keep;
     int *low, *high;
     static int64_t floats(const Question &ask, int64_t queries) {
-        return queries * ask.dim + ask.dim * W + BAND * (ask.size + W) + 3 * BAND + queries;
+        return queries * ask.dim + ask.dim * W + BAND * (ask.size + W) + 3 * BAND + 2 * queries;
     }
     static Room at(float *p, const Question &ask, int64_t queries) {
         float *turned = p + queries * ask.dim, *scores = turned + ask.dim * W;
@@ -74,17 +75,25 @@ void bounds(const Question &ask, const Work &work, int e, int *low, int *high) {
     }
 }
 
-template <class T> void walk_few(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
+template <class T>
+void walk_few(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
     const int M = work.count * ask.group(), dim = ask.dim, at_once = (M + (M + 3) / 4 - 1) / ((M + 3) / 4);
     const int64_t step = int64_t(ask.size) * dim;
     const T *const ks = (const T *)ask.k, *const vs = (const T *)ask.v;
     for (int e = start; e < stop; e++) {
         bounds(ask, work, e, room.low, room.high);
         for (int kv = 0; kv < ask.kv_heads; kv++) {
-            const T *k = ks + ask.blocks[e] * ask.k_stride + kv * step, *v = vs + ask.blocks[e] * ask.v_stride + kv * step;
-            const bool hop = kv + 1 == ask.kv_heads;
-            const int64_t next = ask.blocks[std::min(e + 1, stop - 1)];
-            const T *k_ahead = hop ? ks + next * ask.k_stride : k + step, *v_ahead = hop ? vs + next * ask.v_stride : v + step;
+            const T *k = ks + ask.blocks[e] * ask.k_stride + kv * step;
+            const T *v = vs + ask.blocks[e] * ask.v_stride + kv * step;
+            const auto ahead = [&](const T *pool, int64_t stride, int tiles) {
+                const int e_then = std::min(e + (kv + tiles) / ask.kv_heads, stop - 1);
+                return pool + ask.blocks[e_then] * stride + (kv + tiles) % ask.kv_heads * step;
+            };
+            const T *k_ahead = ahead(ks, ask.k_stride, 1), *v_ahead = ahead(vs, ask.v_stride, 1);
+            if (sizeof(T) == 4) { // the first lines of the tile after that, so that the hardware follows
+                const T *k_far = ahead(ks, ask.k_stride, 2), *v_far = ahead(vs, ask.v_stride, 2);
+                for (int line = 0; line < KICK; line++) fetch(k_far + line * 16), fetch(v_far + line * 16);
+            }
             for (int j = 0; j < M; j += at_once) {
                 const int64_t at = int64_t(kv) * M + j;
                 const auto go = [&](auto run) {
@@ -102,7 +111,8 @@ template <class T> void walk_few(const Question &ask, const Work &work, int star
     }
 }
 
-template <class T> void walk_many(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
+template <class T>
+void walk_many(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
     const int M = work.count * ask.group(), dim = ask.dim;
     const int64_t step = int64_t(ask.size) * dim;
     for (int kv = 0; kv < ask.kv_heads; kv++) {
@@ -110,14 +120,15 @@ template <class T> void walk_many(const Question &ask, const Work &work, int sta
         for (int e = start; e < stop; e++) {
             bounds(ask, work, e, room.low, room.high);
             many((const T *)ask.k + ask.blocks[e] * ask.k_stride + kv * step,
-                 (const T *)ask.v + ask.blocks[e] * ask.v_stride + kv * step, room.q + at * dim, M, dim, ask.size, room.low,
-                 room.high, ask.soft_cap, state.acc + at * dim, state.top + at, state.total + at * W, room.turned, room.p,
-                 room.keep);
+                 (const T *)ask.v + ask.blocks[e] * ask.v_stride + kv * step, room.q + at * dim, M, dim, ask.size,
+                 room.low, room.high, ask.soft_cap, state.acc + at * dim, state.top + at, state.total + at * W,
+                 room.turned, room.p, room.keep);
         }
     }
 }
 
-template <class T> void walk(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
+template <class T>
+void walk(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
     const int group = ask.group(), M = work.count * group, dim = ask.dim;
     for (int kv = 0; kv < ask.kv_heads; kv++)
         for (int j = 0; j < M; j++)
@@ -215,7 +226,8 @@ template <class T> int attend(const Question &ask) {
         for (int t = 0; t < threads; t++) run(t);
     }
     std::vector<State> parts;
-    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), [](const Piece &piece) { return piece.work < 0; }), pieces.end());
+    const auto unused = [](const Piece &piece) { return piece.work < 0; };
+    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), unused), pieces.end());
     for (size_t i = 0; i < pieces.size(); i++) {
         parts.push_back(pieces[i].state);
         if (i + 1 < pieces.size() && pieces[i + 1].work == pieces[i].work) continue;
@@ -226,7 +238,8 @@ template <class T> int attend(const Question &ask) {
 }
 
 template <class T>
-void merge(const T *o_a, const float *lse_a, const T *o_b, const float *lse_b, T *o, float *lse, int64_t rows, int dim) {
+void merge(const T *o_a, const float *lse_a, const T *o_b, const float *lse_b, T *o, float *lse, int64_t rows,
+           int dim) {
     for (int64_t r = 0; r < rows; r++) {
         const float top = std::max(lse_a[r], lse_b[r]);
         const float a = lse_a[r] == NONE ? 0.0f : std::exp(lse_a[r] - top);

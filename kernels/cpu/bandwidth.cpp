@@ -6,7 +6,7 @@ extern "C" float read_floats(const float *p, int64_t count, int threads) {
     float total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
-        const int64_t start = count / threads * t / (8 * W) * (8 * W), stop = count / threads * (t + 1) / (8 * W) * (8 * W);
+        const int64_t share = count / threads / (8 * W) * (8 * W), start = share * t, stop = start + share;
         vf sums[8] = {};
         for (int64_t i = start; i < stop; i += 8 * W) {
             __builtin_prefetch(p + i + 1024);

@@ -12,7 +12,8 @@ constexpr float NONE = -INFINITY;
 
 // acc[g] = acc[g] * keep[g] + sum over n rows of p[g][row] * v[row], for NV vectors of the row.
 template <class T, int GQ, int NV>
-ALWAYS void weigh(const T *v, const float *p, int stride, const float *keep, float *acc, int n, int dim, const T *ahead) {
+ALWAYS void weigh(const T *v, const float *p, int stride, const float *keep, float *acc, int n, int dim,
+                  const T *ahead) {
     vf sum[GQ][NV];
     for (int g = 0; g < GQ; g++)
         for (int i = 0; i < NV; i++) sum[g][i] = loadu<vf>(acc + g * dim + i * W) * keep[g];
@@ -32,7 +33,8 @@ ALWAYS void weigh(const T *v, const float *p, int stride, const float *keep, flo
 }
 
 template <class T, int GQ>
-ALWAYS void weigh_all(const T *v, const float *p, int stride, const float *keep, float *acc, int n, int dim, const T *ahead) {
+ALWAYS void weigh_all(const T *v, const float *p, int stride, const float *keep, float *acc, int n, int dim,
+                      const T *ahead) {
     int i = 0;
     for (; i + 4 * W <= dim; i += 4 * W) weigh<T, GQ, 4>(v + i, p, stride, keep, acc + i, n, dim, ahead + i * n);
     if (i + 2 * W <= dim) weigh<T, GQ, 2>(v + i, p, stride, keep, acc + i, n, dim, ahead + i * n), i += 2 * W;

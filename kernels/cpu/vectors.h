@@ -85,7 +85,8 @@ inline float widen(uint16_t h) {
         float tiny = float(magnitude) * 5.9604644775390625e-8f;
         return sign ? -tiny : tiny;
     }
-    uint32_t u = sign | (magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13 : (magnitude << 13) + 0x38000000u);
+    uint32_t u = magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13 : (magnitude << 13) + 0x38000000u;
+    u |= sign;
     float x;
     std::memcpy(&x, &u, 4);
     return x;

@@ -121,7 +121,9 @@ async def ask(http: httpx.AsyncClient, prompt: Sequence[int], count: int, **more
     return await leave(http, prompt, count, after=None, **more)
 
 
-async def leave(http: httpx.AsyncClient, prompt: Sequence[int], count: int, *, after: int | None, **more: Any) -> Ending:
+async def leave(
+    http: httpx.AsyncClient, prompt: Sequence[int], count: int, *, after: int | None, **more: Any
+) -> Ending:
     """A stream that is hung up after so many tokens; None stays to the end."""
     async with http.stream("POST", "/v1/completions", json=body(prompt, count, **{**more, "stream": True})) as reply:
         if reply.status_code != 200:

@@ -114,16 +114,25 @@ class Cluster:
         self.folder, self.model, self.blocks = folder, model, blocks
         self.flags = flags or {}
         self.workers: dict[str, Process] = {}
+        self.started: list[Process] = []
+
+    def start(self, workers: int) -> None:
+        """A controller, a gateway, and worker-0 and so on."""
         self.controller = self._start("controller", "controller", "--port", "0")
         self.address = self.controller.ready()["address"]
         self.gateway = self._start("gateway", "gateway", "--port", "0", "--controller", self.address, *self._model)
+        for index in range(workers):
+            self.add_worker(f"worker-{index}")
+        self.ready()
 
     @property
     def _model(self) -> tuple[str, ...]:
         return (self.model,) if self.model else ()
 
     def _start(self, name: str, command: str, *argv: str) -> Process:
-        return Process(name, command, *argv, *self.flags.get(command, ()), log=self.folder / f"{name}.log")
+        more = self.flags.get(command, ())
+        self.started.append(Process(name, command, *argv, *more, log=self.folder / f"{name}.log"))
+        return self.started[-1]
 
     def add_worker(self, name: str) -> Process:
         """Start a worker; it is not waited for."""
@@ -229,21 +238,18 @@ class Cluster:
         assert codes == dict.fromkeys(codes, 0), [p.last_words for p in self.processes if codes[p.name]]
 
     def kill(self) -> None:
-        for process in self.processes:
-            if process.popen.poll() is None:
-                process.kill()
+        for process in self.started:
+            process.kill()
 
 
 @contextmanager
 def cluster(
     folder: Path, model: str, *, blocks: int, workers: int = 3, flags: dict[str, tuple[str, ...]] | None = None
 ) -> Iterator[Cluster]:
-    """A cluster while the block runs, with workers worker-0 and so on."""
+    """A cluster while the block runs; nothing of it is left afterwards, whatever happens."""
     made = Cluster(folder, model, blocks=blocks, flags=flags)
     try:
-        for index in range(workers):
-            made.add_worker(f"worker-{index}")
-        made.ready()
+        made.start(workers)
         yield made
         made.end()
     finally:

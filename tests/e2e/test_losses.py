@@ -113,3 +113,21 @@ def test_a_controller_that_is_killed_is_not_missed_by_who_runs_and_learns_everyt
         )
         got = stream.finish()
     assert (got.error, got.tokens) == (None, want)
+
+
+@pytest.mark.parametrize("who", ["its home", "its lender"])
+def test_a_worker_that_is_told_to_end_does_not_spoil_what_runs(pool: Cluster, who: str) -> None:
+    """A home finishes its requests first; a lender takes its memory along, and what it held is computed again."""
+    prompt, want = truth(LENGTH, 15, COUNT)
+    with client.streaming(pool.url, prompt, COUNT) as stream:
+        stream.read(5)
+        home, lender = home_and_lender(pool, stream)
+        leaver = pool.workers[home if who == "its home" else lender]
+        leaver.signal(signal.SIGTERM)
+        short, answer = truth(50, 14, 8)
+        beside = client.complete(pool.url, short, 8)
+        got = stream.finish()
+    assert (got.error, got.tokens) == (None, want)
+    assert (beside.error, beside.tokens) == (None, answer), "nobody new is sent there"
+    assert leaver.wait() == 0, leaver.last_words
+    pool.start_worker_again(leaver.name)

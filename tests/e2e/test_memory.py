@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from infinillm import rpc
-from infinillm.errors import InfinillmError, TooLong
+from infinillm.core.request import Sampling
+from infinillm.errors import TooLong
 from infinillm.protos import inference_pb2 as pb
+from infinillm.protos import shard_pb2
+from infinillm.wire import sampling_to_wire
 from tests import tiny
 from tests.e2e import client, processes
 from tests.e2e.conftest import BLOCK, BLOCKS, MODEL, PATIENT, truth
@@ -51,7 +54,7 @@ def test_a_prompt_that_fits_no_worker_is_answered_by_several(pool: Cluster) -> N
     assert (got.error, got.tokens, got.finish_reason) == (None, want, "length")
     spans = placement(pool, got.id)
     assert len({span["node"] for span in spans}) > 1
-    assert sorted((int(s["start"]), int(s["stop"])) for s in spans)[-1][1] in (619, 620)
+    assert max(int(span["stop"]) for span in spans) == 600 + 20 - 1, "the last token produced is never stored"
     assert pool.total("loan_operations_total") > 0
 
 
@@ -82,9 +85,7 @@ def test_the_longest_request_that_is_offered_is_served(pool: Cluster) -> None:
 
 
 @pytest.mark.parametrize("over", [1, 50, 900, 1500], ids="{} tokens over".format)
-def test_a_request_longer_than_the_pool_is_refused_at_once_with_the_longest_there_is(
-    pool: Cluster, over: int
-) -> None:
+def test_a_request_longer_than_the_pool_is_refused_at_once_with_the_longest_there_is(pool: Cluster, over: int) -> None:
     prompt = tiny.prompt(MOST - 8 + over, 4)
     before = pool.total("prompt_tokens_total")
     began = time.monotonic()
@@ -101,18 +102,12 @@ def test_a_request_longer_than_the_pool_is_refused_at_once_with_the_longest_ther
 
 def test_a_worker_that_is_asked_directly_refuses_it_too_and_goes_on(pool: Cluster) -> None:
     """Nobody is forced to come by the gateway; a worker finds out by asking for blocks."""
-    from infinillm.core.request import Sampling
-    from infinillm.protos import shard_pb2
-    from infinillm.wire import sampling_to_wire
-
     shard = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
     asked = shard_pb2.ShardGenerateRequest(
         id="direct", prompt=tiny.prompt(MOST + 1, 4), sampling=sampling_to_wire(Sampling(max_tokens=2))
     )
-    with rpc.blocking_channel(pool.workers["worker-0"].said["address"]) as channel:
-        with pytest.raises(InfinillmError) as refused:
-            list(rpc.BlockingClient(channel, shard).Generate(asked, timeout=20.0))
-    assert isinstance(refused.value, TooLong), refused.value
+    with rpc.blocking_channel(pool.workers["worker-0"].said["address"]) as channel, pytest.raises(TooLong):
+        list(rpc.BlockingClient(channel, shard).Generate(asked, timeout=20.0))
     prompt, want = truth(40, 5, 8)
     assert client.complete(pool.url, prompt, 8).tokens == want
 
@@ -123,13 +118,11 @@ def test_a_decode_that_outgrows_its_worker_goes_on_in_borrowed_blocks_and_nothin
     prompt, want = truth(370, 6, 80)
     names = ("step_tokens_sum", "preemptions_total", "prompt_tokens_cached_total")
     before = {name: pool.total(name) for name in names}
-    with client.streaming(pool.url, prompt, 80) as stream:
-        stream.read(1)
-        assert {span["node"] for span in placement(pool, stream.id)} < set(pool.workers)
-        first = len({span["node"] for span in placement(pool, stream.id)})
-        got = stream.finish()
+    got = client.complete(pool.url, prompt, 80)
     assert (got.error, got.tokens) == (None, want)
-    assert first == 1 < len({span["node"] for span in placement(pool, got.id)})
+    spans = [(int(span["start"]), int(span["stop"]), span["node"]) for span in placement(pool, got.id)]
+    assert [span[:2] for span in spans] == [(0, BLOCKS * BLOCK), (BLOCKS * BLOCK, 370 + 80 - 1)]
+    assert spans[0][2] != spans[1][2], "all of its own worker, then somebody else's"
     grown = {name: pool.total(name) - before[name] for name in names}
     assert grown == {"step_tokens_sum": 370 + 80 - 1, "preemptions_total": 0, "prompt_tokens_cached_total": 0}
 

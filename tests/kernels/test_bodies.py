@@ -1,5 +1,7 @@
 """Every CPU body against the definition, from one table of shapes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -54,9 +56,11 @@ def test_long_sequences_cut_between_threads(body: Body, threads: int, dtype: tor
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 33])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16, 112])
 def test_every_number_of_queries(body: Body, group: int, rows: int) -> None:
-    question = ask(Shape(2 * group, 2, 32, 8), [Sequence(list(range(40, 40 + rows)), list(range(10)))], torch.float32, 7)
+    question = ask(
+        Shape(2 * group, 2, 32, 8), [Sequence(list(range(40, 40 + rows)), list(range(10)))], torch.float32, 7
+    )
     assert differ(body.attend_blocks(*question, scale=0.2), expected(question, scale=0.2)) < 2e-5
 
 
@@ -84,6 +88,19 @@ def test_a_table_changes_from_step_to_step(body: Body) -> None:
     for _ in range(2):
         for question in (first, second):
             assert differ(body.attend_blocks(*question, scale=0.2), expected(question, scale=0.2)) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_threads_ask_at_once(body: Body, dtype: torch.dtype) -> None:
+    """As a worker's own step and its answers to others do, each with its own table."""
+    questions = [ask(Shape(6, 2, 64, 16), SEQUENCES[i : i + 8], dtype, seed=20 + i) for i in (0, 1)]
+    answers = [expected(question, scale=0.2) for question in questions]
+
+    def often(i: int) -> float:
+        return max(differ(body.attend_blocks(*questions[i], scale=0.2), answers[i]) for _ in range(30))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(often, (0, 1))) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

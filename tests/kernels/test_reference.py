@@ -25,7 +25,9 @@ def plain(question: Question, scale: float, window: int, soft_cap: float) -> tup
         slots = [
             (block, offset, first + offset)
             for block, first in zip(
-                table.blocks[spans[s] : spans[s + 1]].tolist(), table.firsts[spans[s] : spans[s + 1]].tolist(), strict=True
+                table.blocks[spans[s] : spans[s + 1]].tolist(),
+                table.firsts[spans[s] : spans[s + 1]].tolist(),
+                strict=True,
             )
             for offset in range(size)
         ]
