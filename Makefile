@@ -53,8 +53,9 @@ bench: setup ## measure, and write bench/results (ARGS="attention serving" for s
 
 protos: $(GENERATED) ## generate protobuf code beside the .proto files
 
-gpu: setup ## everything a GPU can show, in one call without network
-	@$(BIN)/python -m bench.gpu $(ARGS)
+# With no .venv it takes the python of the machine, whose torch and triton fit its GPU; nothing is downloaded.
+gpu: ## everything a GPU can show, in one call without network
+	@$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean: ## remove what was built, except .venv
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis protos/*_pb2.py protos/*_pb2.pyi
