@@ -59,7 +59,7 @@ class Worker:
     """A process that owns K/V memory and, unless it is memory only, serves the model."""
 
     model: str = option("", _MODEL, positional=True)
-    id: str = option("", "name of this worker in the cluster; empty: HOST:PORT as others dial it")
+    id: str = option("", "name of this worker in the cluster; empty: the host's name and a random word")
     host: str = option("127.0.0.1", _HOST)
     port: int = option(0, "port of gRPC; 0 takes a free one", least=0, most=65535)
     advertise: str = option("", "HOST:PORT at which others dial this worker; empty: --host and its port")
@@ -72,7 +72,7 @@ class Worker:
     max_num_batched_tokens: int = option(512, "most tokens computed in one step", least=1, most=2**20)
     max_num_seqs: int = option(64, "most requests computed in one step", least=1, most=65536)
     lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
-    loan_seconds: float = option(10.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
+    loan_seconds: float = option(45.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
     port_kind: str = option("auto", "how tensors travel; auto: shm on one host, else tcp", choices=PORTS)
     patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
     threads: int = option(1, _THREADS, least=1, most=1024)

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from infinillm.errors import BadRequest
 
 PREFIX = "infinillm_"
+LONGEST_FIELD = 4000  # characters of one field of a log line
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 prometheus_client.disable_created_metrics()  # a `_created` series for each of ours tells nobody anything
 
@@ -300,7 +301,13 @@ _logger = logging.getLogger("infinillm")
 def log(event: str, **fields: Any) -> None:
     """Log a fact: an event of the table, with its fields."""
     level, _ = EVENTS.get(event, ("info", ""))
-    _logger.log(logging.getLevelName(level.upper()), event, extra={"fields": fields})
+    told = {name: _short(value) for name, value in fields.items()}
+    _logger.log(logging.getLevelName(level.upper()), event, extra={"fields": told})
+
+
+def _short(value: Any) -> Any:
+    """What a client sent may be of any length; a line of a log may not."""
+    return value[:LONGEST_FIELD] + "..." if isinstance(value, str) and len(value) > LONGEST_FIELD else value
 
 
 class _Lines(logging.Formatter):

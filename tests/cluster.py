@@ -135,7 +135,7 @@ class Cluster:
         got = self.wait(self.home.lenders.borrow(blocks, blocks, [(node, self.peers[node].address, blocks)]))
         assert got == blocks, got
 
-    def _borrow(self, least: int, wanted: int, longest: int) -> None:
+    def _borrow(self, least: int, wanted: int, alone: Request | None) -> None:
         others = [p for p in self.peers.values() if p is not self.home and self.share]
         offers = [(p.id, p.address, room) for p in others if (room := p.memory.blocks.room) > 0]
         work = self.home.lenders.borrow(least, wanted, offers)

@@ -109,6 +109,8 @@ class Blocks:
 
         What is held already stays as it is: a plan that is told twice grows once.
         """
+        if blocks > self.count:
+            return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
         held = self._holdings.get((owner, seq))
         have = set(held.firsts) if held is not None else ()
         firsts = [at for at in range(first, first + blocks * self.block_size, self.block_size) if at not in have]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from infinillm.core.types import Chunk, Grow, Layout, NodeId, Part, Plan, SeqId, Span, Step
+from infinillm.errors import Broken
 
 
 def reserved(layout: Layout) -> int:
@@ -81,8 +82,12 @@ def plan(step: Step, layouts: Mapping[SeqId, Layout], block_size: int) -> dict[N
     for g in step.grow:
         grow.setdefault(g.node, []).append(g)
     for chunk in step.chunks:
+        kept = 0
         for node, mine in parts(chunk, layouts[chunk.seq], block_size).items():
             work.setdefault(node, []).extend(mine)
+            kept += sum(part.keep_stop - part.keep_start for part in mine)
+        if kept != chunk.stop - chunk.start:
+            raise Broken(f"{chunk}: {kept} of its rows would be kept, by {layouts[chunk.seq]}")
     return {
         node: Plan(step.id, tuple(grow.get(node, ())), tuple(work.get(node, ())))
         for node in dict.fromkeys([*grow, *work])

@@ -2,9 +2,9 @@
 
 Running sequences come first, oldest first, then waiting ones as long as tokens, seats and blocks last. A sequence is
 admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve
-each other. One that was preempted comes back only when everything it may still need fits, so that it cannot be thrown
-out for ever. Blocks are taken at home first, then on the nodes that already hold a part of the sequence, then where
-most is left.
+each other. One that was preempted comes back only when there is room for it to go on, twice as much each time, so
+that it is not thrown out for ever. Blocks are taken at home first, then on the nodes that already hold a part of the
+sequence, then where most is left.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from infinillm.core.layout import reserved, uncovered
+from infinillm.core.layout import uncovered
 from infinillm.core.request import Sequence
 from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step
 
@@ -36,12 +36,23 @@ class Match:
 
 
 NO_MATCH = Match()
+ROOM_AFTER_PREEMPTION = 32  # blocks, doubled before it is used
 
 
 def need(sequence: Sequence, block_size: int, match: Match = NO_MATCH) -> int:
     """Blocks a waiting sequence must be given to be admitted, beyond what the prefix cache has for it."""
-    length = sequence.request.longest if sequence.preemptions else sequence.length
-    return -(-max(length, sequence.length) // block_size) - match.tokens // block_size
+    return -(-reserve(sequence, block_size) // block_size) - match.tokens // block_size
+
+
+def reserve(sequence: Sequence, block_size: int) -> int:
+    """Tokens that must have a place before a waiting sequence is admitted.
+
+    One that was preempted must find room to go on, twice as much each time, so that it is not thrown out for ever.
+    """
+    if not sequence.preemptions:
+        return sequence.length
+    more = ROOM_AFTER_PREEMPTION << min(sequence.preemptions, 16)
+    return max(sequence.length, min(sequence.request.longest, sequence.length + more * block_size))
 
 
 def schedule(
@@ -94,9 +105,7 @@ def schedule(
         if gap is None or sequence.id in preempt:
             continue
         start, stop = gap[0], min(gap[1], gap[0] + tokens)
-        placed = stop
-        if stop > reserved(sequence.layout) or len(sequence.layout) > 1:
-            placed = max(start, min(stop, take(sequence.id, sequence.layout, start, stop)))
+        placed = max(start, min(stop, take(sequence.id, sequence.layout, start, stop)))
         if placed < stop:
             short += -(-(stop - placed) // size)
         if placed > start:
@@ -122,8 +131,7 @@ def schedule(
                 short += missing
                 break  # first come, first served: nobody overtakes
             left[home] -= match.idle
-            covered = max(sequence.length, sequence.request.longest if sequence.preemptions else 0)
-            take(sequence.id, (), match.tokens, covered)
+            take(sequence.id, (), match.tokens, reserve(sequence, size))
             stop = min(sequence.length, match.tokens + tokens)
             chunks.append(Chunk(sequence.id, match.tokens, stop))
             admit.append(sequence.id)

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 
 from infinillm.core.blocks import prefix_hashes
 from infinillm.core.layout import filled, grown, plan, without
-from infinillm.core.request import FINISHED, Sequence
+from infinillm.core.request import FINISHED, Request, Sequence
 from infinillm.core.scheduler import Budget, Match, need, schedule
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.messages import Borrowed, Cancel, Load, Message, Output, Stop, Submit
@@ -41,8 +41,8 @@ class Engine:
     """See the theory of operation above.
 
     publish  called with the outputs of a step, from the engine's thread
-    borrow   called with (least, wanted) blocks, and the tokens of the request that waits for them where nothing else
-             runs (else 0); answers later with a Borrowed message
+    borrow   called with (least, wanted) blocks, and the request that waits for them where nothing else
+             runs; answers later with a Borrowed message
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Engine:
         budget: Budget,
         *,
         publish: Callable[[list[Output]], None],
-        borrow: Callable[[int, int, int], None],
+        borrow: Callable[[int, int, Request | None], None],
         metrics: Metrics,
     ):
         self.node, self.runner, self.memory, self.lenders, self.budget = node, runner, memory, lenders, budget
@@ -162,7 +162,7 @@ class Engine:
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.pass_through("admit")
-            sequence.cached = start
+            sequence.cached = start if not sequence.preemptions else sequence.cached
             if start:
                 self.memory.blocks.share(seq, self.names[seq][: start // size])
                 sequence.done = ((0, start),)
@@ -195,6 +195,11 @@ class Engine:
                 continue
             if chunk.seq in self.prompts and sequence.produced == 0:
                 told = tuple(value for _, value in sorted(self.prompts.pop(chunk.seq).items()))
+            if chunk.seq not in sampled and sequence.request.sampling.max_tokens:
+                error = InfinillmError("the model computed a number that is not finite; another dtype may help")
+                outputs.append(Output(chunk.seq, error=error))
+                self._finish(sequence, "error")
+                continue
             if chunk.seq not in sampled:  # no output was asked for
                 outputs.append(Output(chunk.seq, prompt_logprobs=told, finish_reason="length", cached=sequence.cached))
                 self._finish(sequence, "length")
@@ -245,12 +250,12 @@ class Engine:
             case Cancel(id):
                 if id in self.sequences:
                     self._finish(self.sequences[id], "cancelled")
-            case Borrowed(answer, final):
+            case Borrowed(answer, never):
                 self._asking = False
                 self._denied = isinstance(answer, Refused)
                 self._ask_again = time.monotonic() + RETRY_SECONDS
-                if isinstance(answer, Refused) and final and not self.running and self.waiting:
-                    first = self.waiting[0]
+                if isinstance(answer, Refused) and (first := self.sequences.get(never)) in self.waiting:
+                    assert first is not None
                     self._finish(first, "error")
                     shrunk = f"the pool has become too small for this request since it was accepted: {answer.reason}"
                     self.publish([Output(first.id, error=Unavailable(shrunk))])
@@ -268,8 +273,8 @@ class Engine:
         growing = [*self.running, *self.waiting[:1]]
         coming = sum(-(-(s.request.longest - s.length) // size) for s in growing)
         self._asking = True
-        longest = self.waiting[0].request.longest if self.waiting and not self.running else 0
-        self.borrow(step.short, step.short + min(coming, 64), longest)
+        alone = self.waiting[0].request if self.waiting and not self.running else None
+        self.borrow(step.short, step.short + min(coming, 64), alone)
 
     # --- ends ----------------------------------------------------------------------------------------------------
 

@@ -36,10 +36,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Borrowed:
-    """The answer to a wish: blocks, or why not. `final` says that no pool of this size could grant it."""
+    """The answer to a wish: blocks, or why not. `never` names a request that no pool of this size can hold."""
 
     answer: int | Refused
-    final: bool = False
+    never: SeqId = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ class Runner:
     ) -> tuple[dict[SeqId, Choice], dict[SeqId, list[TokenLogprob]]]:
         """One pass over the chunks, in order.
 
-        Returns the next token of every sequence whose last token was in its chunk, and the log-probabilities of prompt
-        tokens for those that asked. Whatever `attend` raises comes through; nothing has changed then.
+        Returns the next token of every sequence whose last token was in its chunk (none where the model computed NaN or
+        infinity), and the log-probabilities of prompt tokens for those that asked. Whatever `attend` raises comes
+        through; nothing has changed then.
         """
         tokens: list[int] = []
         positions: list[int] = []
@@ -50,7 +51,12 @@ class Runner:
         if not ends:
             return {}, prompts
         rows = hidden if len(ends) == len(tokens) else hidden[torch.tensor(ends, device=device)]
-        choices = sample(self.decoder.logits(rows), [_row(sequence) for sequence in ending])
+        logits = self.decoder.logits(rows)
+        sound = logits.sum(-1).isfinite()
+        if not bool(sound.all()):  # such a row has no next token; the others do
+            ending = [s for s, good in zip(ending, sound.tolist(), strict=True) if good]
+            logits = logits[sound]
+        choices = sample(logits, [_row(sequence) for sequence in ending])
         return {s.id: choice for s, choice in zip(ending, choices, strict=True)}, prompts
 
     def _prompts(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from infinillm import wire
-from infinillm.core.types import AttentionShape, Loan, Node, NodeId, Plan, Refused, SeqId
+from infinillm.core.types import AttentionShape, Node, NodeId, Plan, Refused, SeqId
 from infinillm.errors import BadRequest, Broken, DeadlineExceeded, NotFound, PortClosed
 from infinillm.pool.memory import Memory
 from infinillm.protos import pool_pb2 as pb
@@ -137,12 +137,14 @@ class PoolService:
             raise BadRequest("borrower and borrower_incarnation must be set", field="borrower")
         if self.draining:
             return pb.LendResponse(refused=f"{self.memory.blocks.node} is draining")
+        if self.incarnations.get(borrower, request.borrower_incarnation) != request.borrower_incarnation:
+            await self._forget(borrower, "the borrower restarted")
+        elif not request.loan:
+            await self._forget(borrower, "the borrower knows of no loan")
+        elif borrower not in self.memory.blocks.loans:
+            return pb.LendResponse(refused=f"{self.memory.blocks.node}: the loan {request.loan} has lapsed")
+        self.incarnations[borrower] = request.borrower_incarnation
         with self.memory.lock:
-            if self.incarnations.get(borrower, request.borrower_incarnation) != request.borrower_incarnation:
-                self._forget(borrower, "the borrower restarted")
-            elif not request.loan:
-                self._forget(borrower, "the borrower knows of no loan")
-            self.incarnations[borrower] = request.borrower_incarnation
             result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds)
         if isinstance(result, Refused):
             log("refused", borrower=borrower, blocks=request.blocks, reason=result.reason)
@@ -153,33 +155,49 @@ class PoolService:
         return pb.LendResponse(loan=wire.loan_to_wire(result, now))
 
     async def Return(self, request: pb.ReturnRequest, call: Any) -> pb.ReturnResponse:
+        loans = self.memory.blocks.loans
+        borrower = next((b for b, loan in list(loans.items()) if loan.id == request.loan), None)
+        if borrower is None:
+            return pb.ReturnResponse()  # it has lapsed already: the same end
+        if not request.blocks:
+            await self._settle(borrower)
         with self.memory.lock:
-            borrower = next((b for b, loan in self.memory.blocks.loans.items() if loan.id == request.loan), None)
-            if borrower is None:
-                return pb.ReturnResponse()  # it has lapsed already: the same end
             blocks = self.memory.blocks.give_back(borrower, request.blocks or None)
         log("returned", loan=request.loan, borrower=borrower, blocks=blocks)
         self.metrics.add("loan_operations_total", operation="return")
         return pb.ReturnResponse()
 
-    def expire(self) -> list[Loan]:
-        """End the loans nobody renewed; called every now and then by the process."""
+    def expire(self, grace: float) -> None:
+        """End the loans nobody renewed; called every now and then. `grace`: seconds we were not there to hear.
+
+        A conversation is ended first, and its blocks are freed when its thread is gone: it may be writing into them.
+        """
+        now = self.clock()
         with self.memory.lock:
-            over = self.memory.blocks.expire(self.clock())
+            if grace > 1.0:
+                for borrower, loan in self.memory.blocks.loans.items():
+                    self.memory.blocks.renew(borrower, loan.until + grace)
+            due = [borrower for borrower, loan in self.memory.blocks.loans.items() if loan.until <= now]
+            talks = {borrower: self._talks(borrower) for borrower in due}
+            over = [self.memory.blocks.loans[borrower] for borrower in due if not talks[borrower]]
+            for loan in over:
+                self.memory.blocks.give_back(loan.borrower)
+        for talk in (talk for each in talks.values() for talk in each):
+            talk.close()
         for loan in over:
             log("expired", loan=loan.id, borrower=loan.borrower, blocks=loan.blocks)
             self.metrics.add("loan_operations_total", operation="expire")
-            self._end(loan.borrower)
-        return over
 
-    def _forget(self, borrower: NodeId, reason: str) -> None:
-        if self.memory.blocks.give_back(borrower):
-            log("returned", borrower=borrower, reason=reason)
-        self._end(borrower)
+    async def _forget(self, borrower: NodeId, reason: str) -> None:
+        """Let go of everything a borrower has, once nothing answers it any more."""
+        await self._settle(borrower)
+        with self.memory.lock:
+            blocks = self.memory.blocks.give_back(borrower)
+        if blocks:
+            log("returned", borrower=borrower, blocks=blocks, reason=reason)
 
-    def _end(self, borrower: NodeId) -> None:
-        for talk in [t for t in self.conversations.values() if t.borrower == borrower]:
-            talk.close()
+    def _talks(self, borrower: NodeId) -> list[Conversation]:
+        return [talk for talk in self.conversations.values() if talk.borrower == borrower]
 
     # --- conversation --------------------------------------------------------------------------------------------
 
@@ -202,7 +220,7 @@ class PoolService:
 
     async def _settle(self, borrower: NodeId) -> None:
         """End the borrower's earlier conversations, and wait until their threads have: there is one at a time."""
-        earlier = [talk for talk in self.conversations.values() if talk.borrower == borrower]
+        earlier = self._talks(borrower)
         for talk in earlier:
             talk.close()
         if earlier:

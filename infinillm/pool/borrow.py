@@ -134,8 +134,9 @@ class Lenders:
 
     def grow(self, grow: Grow) -> None:
         with self.lock:
-            used = self.accounts[grow.node].used
-            used[grow.seq] = used.get(grow.seq, 0) + grow.blocks
+            lender = self.accounts[grow.node]
+            lender.used[grow.seq] = lender.used.get(grow.seq, 0) + grow.blocks
+            lender.idle_since = time.monotonic()
 
     def release(self, seq: SeqId) -> None:
         """Give the blocks of a sequence back to the loans they came from."""
@@ -229,21 +230,28 @@ class Lenders:
         return total if total >= least else Refused("; ".join(reasons))
 
     async def give_back_idle(self, idle_seconds: float) -> None:
-        """Return what no sequence uses: the whole loan of a lender idle for a while."""
+        """Return what no sequence has used for a while: whole loans, and what is left over of others."""
         async with self._dealing:
             now = time.monotonic()
             with self.lock:
-                idle = [x for x in self.accounts.values() if not x.used and now - x.idle_since >= idle_seconds]
+                quiet = [x for x in self.accounts.values() if now - x.idle_since >= idle_seconds]
+                idle = [lender for lender in quiet if not lender.used]
                 for lender in idle:
                     del self.accounts[lender.node]
+                spare = [(lender, room) for lender in quiet if lender.used and (room := lender.room) > 0]
+                for lender, room in spare:
+                    lender.blocks -= room
             await self._end(idle)
+            for lender, room in spare:
+                log("gave_back", lender=lender.node, blocks=room)
+                await self._return(lender.address, lender.loan, room)
 
     def renew(self) -> None:
         with self.lock:
             lenders = list(self.accounts.values())
-        for lender in lenders:
-            if lender.conversation is not None:
-                lender.conversation.renew()
+        for talk in [lender.conversation for lender in lenders]:
+            if talk is not None:
+                talk.renew()
 
     def measure(self) -> None:
         with self.lock:

@@ -16,6 +16,8 @@ from infinillm.core.types import Grow, NodeId, Part, Refused
 from infinillm.errors import Broken
 from infinillm.kernels.reference import Table
 
+MOST_ROWS = 1 << 20  # of one part: far more than any step computes
+
 
 class Work(NamedTuple):
     """A node's share of one step, as tensors: the same for all layers.
@@ -57,6 +59,8 @@ class Memory:
         with self.lock:
             size = self.blocks.block_size
             for part in parts:
+                if part.stop - part.start > MOST_ROWS or part.keep_stop - part.keep_start > MOST_ROWS:
+                    raise Broken(f"a part of {part.seq} has more than {MOST_ROWS} rows")
                 holding = self.blocks.holding(part.seq, owner) or Holding()
                 if part.start < part.stop:
                     seen = bisect_left(holding.firsts, part.stop)

@@ -68,8 +68,7 @@ async def _spawn(name: str, command: str, settings: Any, echo: bool, hear: Say |
 
 async def _listen(child: Child, hear: Say | None) -> None:
     assert child.process.stdout is not None
-    async for raw in child.process.stdout:
-        line = raw.decode(errors="replace").rstrip()
+    async for line in _lines(child.process.stdout):
         try:
             said = json.loads(line)
         except ValueError:
@@ -84,14 +83,23 @@ async def _listen(child: Child, hear: Say | None) -> None:
 
 async def _drain(child: Child, echo: bool) -> None:
     assert child.process.stderr is not None
-    try:
-        async for raw in child.process.stderr:
-            line = raw.decode(errors="replace").rstrip()
-            child.lines.append(line)
-            if echo:
-                print(line, file=sys.stderr, flush=True)
-    except ValueError:  # a line longer than the stream's limit
-        child.lines.append("(a line too long to show)")
+    async for line in _lines(child.process.stderr):
+        child.lines.append(line)
+        if echo:
+            print(line, file=sys.stderr, flush=True)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Every line to the end, whatever its length: a child whose pipe nobody reads would stand still."""
+    while True:
+        try:
+            raw = await stream.readline()
+        except ValueError:  # longer than the stream's limit; what was read of it is gone
+            yield "(a line too long to show)"
+            continue
+        if not raw:
+            return
+        yield raw.decode(errors="replace").rstrip()
 
 
 async def _ready(child: Child, seconds: float) -> dict[str, Any]:

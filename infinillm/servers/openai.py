@@ -48,7 +48,8 @@ class Api:
             for prompt in asked.prompt
         ]
         echoed = [
-            prompt if isinstance(prompt, str) else self._inference.tokenizer.decode(prompt) for prompt in asked.prompt
+            prompt if isinstance(prompt, str) else self._inference.tokenizer.decode(prompt)
+            for prompt in (asked.prompt if asked.echo else ())
         ]
         scored = [asked.prompt_logprobs, asked.logprobs if asked.echo else None]
         fields = ("prompt", "max_tokens")

@@ -17,6 +17,7 @@ import torch
 from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Layout, Loan, Node, Refused, SeqId
 from infinillm.engine.loop import Engine
@@ -118,7 +119,7 @@ class Worker:
         self.membership = Membership(
             settings.controller, self.report, model_name=name, shape=shape, max_position=spec.context
         )
-        self.tasks = [asyncio.create_task(self._tick())]
+        self.tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._tidy())]
         if settings.controller:
             self.tasks.append(asyncio.create_task(self.membership.run()))
         if self.engine is not None:
@@ -176,14 +177,14 @@ class Worker:
 
     # --- borrowing -----------------------------------------------------------------------------------------------
 
-    def _borrow(self, least: int, wanted: int, longest: int) -> None:
+    def _borrow(self, least: int, wanted: int, alone: Request | None) -> None:
         """From the engine's thread: ask in the event loop, answer into the engine's inbox."""
-        asyncio.run_coroutine_threadsafe(self._ask(least, wanted, longest), self.loop)
+        asyncio.run_coroutine_threadsafe(self._ask(least, wanted, alone), self.loop)
 
-    async def _ask(self, least: int, wanted: int, longest: int) -> None:
+    async def _ask(self, least: int, wanted: int, alone: Request | None) -> None:
         assert self.engine is not None
         answer: int | Refused = Refused("no controller was named, so there is nobody to borrow from")
-        final = not self.settings.controller
+        never = alone is not None and not self.settings.controller
         try:
             if self.settings.controller:
                 candidates = await self.membership.creditors(wanted)
@@ -191,25 +192,34 @@ class Worker:
                     answer = candidates
                 else:
                     answer = await self.lenders.borrow(least, wanted, candidates)
-                if isinstance(answer, Refused) and longest:
-                    final = longest > await self.membership.capacity()
+                if isinstance(answer, Refused) and alone is not None:
+                    never = alone.longest > await self.membership.capacity()
         except InfinillmError as error:
             answer = Refused(error.message)
         if isinstance(answer, Refused):
             log("borrow_refused", blocks=least, reason=answer.reason)
-        self.engine.inbox.put(Borrowed(answer, final))
+        self.engine.inbox.put(Borrowed(answer, alone.id if alone is not None and never else ""))
 
     # --- time ----------------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
+        """What must not wait for the network: renewing, expiring, measuring."""
+        last = time.monotonic()
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self.pool.expire()
+            now = time.monotonic()
+            slept, last = now - last - TICK_SECONDS, now
+            self.pool.expire(grace=slept)
             self.lenders.renew()
-            await self.lenders.give_back_idle(IDLE_LOAN_SECONDS)
             self._measure()
             if self.engine is not None and not self.engine.alive:
                 raise Broken(f"the engine ended: {self.engine.failure!r}")
+
+    async def _tidy(self) -> None:
+        """Give back what nobody uses; this may wait for lenders that do not answer."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            await self.lenders.give_back_idle(IDLE_LOAN_SECONDS)
 
     def _measure(self) -> None:
         node, m = self.node(), self.metrics

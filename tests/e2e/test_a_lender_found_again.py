@@ -72,3 +72,27 @@ def test_a_lender_whose_loan_lapsed_unnoticed_does_not_answer_as_if_nothing_were
         got = [token for output in cluster.finish(20.0)["s"] for token in output.tokens]
         assert got == want
         cluster.settle()
+
+
+def test_a_hole_at_the_beginning_of_a_sequence_is_given_a_place_before_it_is_computed() -> None:
+    """Nothing lies at home, the first of two lenders is lost, and what is left is one span that begins late."""
+    want = tiny.oracle(tiny.model("llama"), tiny.prompt(LENGTH), OUTPUT)[0]
+    with Cluster(decoder("llama"), {"a": 8, "b": 12, "c": 12, "d": 12}, patience=2.0, share=False) as cluster:
+        books = cluster.home.memory.blocks
+        books.lend("stranger", books.room, float("inf"))
+        cluster.lend("b", 12)
+        cluster.lend("c", 12)
+        cluster.submit(tiny.prompt(LENGTH), max_tokens=OUTPUT)
+        while len(cluster.home.outputs) < 5:
+            cluster.turn()
+        assert [(s.node, s.start) for s in cluster.engine.sequences["s"].layout] == [("b", 0), ("c", 96)]
+        cluster.home.lenders.accounts["b"].conversation.port.close()  # type: ignore[union-attr]
+        cluster.turn()
+        assert [s.node for s in cluster.engine.sequences["s"].layout] == ["c"]
+        cluster.lend("d", 12)
+        got = [token for output in cluster.finish(20.0)["s"] for token in output.tokens]
+        assert got == want
+        assert [(s.node, s.start) for s in cluster.engine.finished["s"][1]] == [("d", 0), ("c", 96)]
+        books.give_back("stranger")
+        cluster.peers["b"].memory.blocks.give_back("a")  # it would lapse
+        cluster.settle()

@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, blocks: int = 8, tokens: int = 16, sequences: int = 4):
         self.published: list[Output] = []
-        self.wishes: list[tuple[int, int, int]] = []
+        self.wishes: list[tuple[int, int, Request | None]] = []
         metrics = Metrics("worker", node="a")
         memory = Memory(Blocks("a", blocks, 4, blocks), Store(SHAPE, blocks, torch.device("cpu"), reference))
         lenders = Lenders("a", "a-1", memory, lanes=None, port_kind="", metrics=metrics)  # type: ignore[arg-type]
@@ -129,8 +129,12 @@ def test_short_of_blocks_it_wishes_once_and_waits_for_the_answer():
     b = Bench(blocks=4)
     b.submit("s", [1] * 20)
     b.turn(3)
-    assert b.wishes == [(1, 2, 23)] and b.runner.computed == []
-    b.engine.inbox.put(Borrowed(Refused("nobody has any"), final=True))
+    ((least, wanted, alone),) = b.wishes
+    assert (least, wanted, alone.id) == (1, 2, "s") and b.runner.computed == []
+    b.engine.inbox.put(Borrowed(Refused("nobody has any"), never="another"))
+    b.turn()
+    assert "s" in b.engine.sequences
+    b.engine.inbox.put(Borrowed(Refused("nobody has any"), never="s"))
     b.turn()
     with pytest.raises(Unavailable, match="nobody has any"):
         b.of("s")

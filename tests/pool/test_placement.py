@@ -207,7 +207,7 @@ def test_a_request_that_fits_nowhere_fails_with_a_reason_and_nothing_leaks():
     with Cluster(decoder("llama"), {"a": 4, "b": 4}) as cluster:
         cluster.submit(tiny.prompt(100))
         cluster.turn()
-        cluster.engine.inbox.put(Borrowed(Refused("the pool has 8 blocks, 13 are needed"), final=True))
+        cluster.engine.inbox.put(Borrowed(Refused("the pool has 8 blocks, 13 are needed"), never="s"))
         with pytest.raises(InfinillmError, match="13 are needed"):
             tokens(cluster.finish()["s"])
         cluster.settle()
@@ -226,4 +226,20 @@ def test_the_default_model_spread_over_three_nodes():
         cluster.submit(prompt, max_tokens=OUTPUT, logprobs=1)
         agree(cluster.finish()["s"], want)
         assert len(cluster.engine.finished["s"][1]) == 3
+        cluster.settle()
+
+
+def test_a_hole_at_the_beginning_gets_a_place_again():
+    """What is left of a layout need not begin at 0: the lost beginning must be kept somewhere before it is computed."""
+    with Cluster(decoder("llama"), {"a": 30, "b": 12, "c": 10}, patience=2.0) as cluster:
+        cluster.home.memory.blocks.grow("somebody", 0, 30)
+        cluster.lend("b", 12)
+        cluster.lend("c", 10)
+        cluster.submit(tiny.prompt(LENGTH), max_tokens=OUTPUT, logprobs=0)
+        while len(cluster.home.outputs) < 3:
+            cluster.turn()
+        assert [span.node for span in cluster.engine.sequences["s"].layout] == ["b", "c"]
+        cluster.home.memory.blocks.release("somebody")
+        cluster.kill("b")
+        agree(cluster.finish()["s"], truth("llama"))
         cluster.settle()
