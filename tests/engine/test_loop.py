@@ -214,3 +214,18 @@ def test_where_a_request_is_and_was():
     assert (state, tokens, [(x.start, x.stop) for x in layout]) == ("running", 7, [(0, 7)])
     b.turn(4)
     assert b.engine.placement("s")[0] == "finished" and b.engine.placement("nobody") is None
+
+
+def test_a_number_that_is_not_finite_ends_one_request_and_not_its_neighbour():
+    b = Bench()
+    works = b.runner.run
+    b.runner.run = lambda chunks, sequences, attend: (  # type: ignore[method-assign]
+        {seq: choice for seq, choice in works(chunks, sequences, attend)[0].items() if seq != "bad"},
+        {},
+    )
+    b.submit("bad", [1])
+    b.submit("good", [1, 2, 3], arrival=1.0)
+    b.turn(5)
+    with pytest.raises(InfinillmError, match="not finite"):
+        b.of("bad")
+    assert b.of("good") == ([6, 2, 4, 8], "length")
