@@ -24,6 +24,11 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 
 
+def cache_folder(named: str) -> Path:
+    """Where converted models and compiled kernels are kept: the folder named, else ~/.cache/infinillm."""
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "infinillm"
+
+
 def resolve(model: str | None, cache: Path, progress: Progress) -> Path:
     """The folder that holds `model`: a folder, a .gguf file, a hub id, or None for the default model.
 

@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import uvicorn
 
@@ -47,7 +46,7 @@ class Gateway:
     async def start(self) -> None:
         settings = self.settings
         listening = _listen(settings.host, settings.port)
-        cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "infinillm"
+        cache = files.cache_folder(settings.cache_dir)
         path = await asyncio.to_thread(files.resolve, settings.model or None, cache, _say)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         model = settings.served_model_name or files.served_name(settings.model or None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ def _say(what: str, share: float) -> None:
 
 async def run(settings: config.Prepare) -> None:
     """Print progress as one JSON object a line, and at last where the model is."""
-    cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "infinillm"
+    cache = files.cache_folder(settings.cache_dir)
     _say("compiling the CPU kernels", 0.0)
     bodies.body(torch.device("cpu"), cache)
     path = files.resolve(settings.model or None, cache, _say)

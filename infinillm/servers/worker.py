@@ -53,7 +53,7 @@ class Worker:
     async def start(self) -> None:
         settings = self.settings
         self.loop = asyncio.get_running_loop()
-        cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "infinillm"
+        cache = files.cache_folder(settings.cache_dir)
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
         )
