@@ -195,6 +195,11 @@ class Blocks:
         self.loans[borrower] = replace(loan, until=max(loan.until, until))
         return True
 
+    def doubt(self, borrower: NodeId, until: float) -> None:
+        """The borrower fell silent: its loan ends at `until` unless it is heard again before."""
+        if (loan := self.loans.get(borrower)) is not None:
+            self.loans[borrower] = replace(loan, until=min(loan.until, until))
+
     def give_back(self, borrower: NodeId, blocks: int | None = None) -> int:
         """The borrower returns unused blocks of its loan (`None`: the whole loan, with whatever it still holds)."""
         loan = self.loans.get(borrower)

@@ -234,6 +234,8 @@ class PoolService:
         talk = self.conversations.get(name)
         if first is None or talk is None:
             raise NotFound(f"no conversation {name!r} was opened here", field="open")
+        with self.memory.lock:
+            self.memory.blocks.renew(talk.borrower, self.clock() + self.loan_seconds)
         talk.inbox.put(_Holds(first.open.sequences))
         talk.opened.set()
         listening = asyncio.create_task(self._listen(requests, talk))
@@ -275,6 +277,8 @@ class PoolService:
             log("conversation_ended", borrower=talk.borrower, reason=reason)
             talk.close()
             self.conversations.pop(name, None)
+            with self.memory.lock:  # one that is alive opens another conversation, and renews
+                self.memory.blocks.doubt(talk.borrower, self.clock() + self.patience)
             self.threads.discard(threading.current_thread())
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_tell, talk.ended, reason)

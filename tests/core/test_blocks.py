@@ -77,6 +77,18 @@ def test_a_loan_lapses_with_what_it_held_unless_renewed():
     b.check()
 
 
+def test_a_loan_whose_borrower_fell_silent_ends_sooner_unless_it_is_heard_again():
+    b = books()
+    b.lend("x", 4, until=10.0)
+    b.doubt("x", 99.0)  # never longer
+    b.doubt("x", 5.0)
+    b.renew("x", 12.0)
+    assert b.expire(11.0) == []
+    b.doubt("x", 11.5)
+    b.doubt("nobody", 1.0)
+    assert [loan.borrower for loan in b.expire(11.5)] == ["x"]
+
+
 def test_only_the_unused_part_of_a_loan_comes_back_early():
     b = books()
     b.lend("x", 5, 1.0)
