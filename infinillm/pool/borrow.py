@@ -268,9 +268,9 @@ class Lenders:
     async def _end(self, lenders: Sequence[Lender]) -> None:
         for lender in lenders:
             log("gave_back", lender=lender.node, blocks=lender.blocks)
-            await self._return(lender.address, lender.loan, 0)
             if lender.conversation is not None:
                 await asyncio.to_thread(lender.conversation.close)
+            await self._return(lender.address, lender.loan, 0)
 
     # --- the wire ------------------------------------------------------------------------------------------------
 

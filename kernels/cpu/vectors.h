@@ -227,7 +227,7 @@ ALWAYS vf tanh_of(vf x) {
 // --- many rows ---------------------------------------------------------------------------------------------
 
 // Of W accumulators: how many rows are taken at once by GQ queries.
-template <int GQ> constexpr int rows_at_once() { return GQ == 2 ? W / 2 : W / 4; }
+template <int GQ> constexpr int rows_at_once() { return GQ == 1 ? W : GQ == 2 ? W / 2 : W / 4; }
 
 // out[g * stride + b] = rows[b] . q[g] for W rows from `row` on, of which `count` exist, and packed q [GQ, n].
 // What a later call will read, `ahead`, is fetched meanwhile.
@@ -240,7 +240,7 @@ ALWAYS void dots(const T *row, int count, const float *q, int n, float *out, int
         const T *rows[NB];
         for (int b = 0; b < NB; b++) rows[b] = row + int64_t(time * NB + b < count ? time * NB + b : count - 1) * n;
         const T *next = ahead + int64_t(time) * NB * n;
-        vf acc[GQ][NB] = {}, other[GQ][NB] = {}; // one query alone needs more sums, so as not to wait for one
+        vf acc[GQ][NB] = {};
         int i = 0;
         for (; i + 2 * W <= n; i += 2 * W) {
             for (int b = 0; b < NB; b++) {
@@ -251,7 +251,7 @@ ALWAYS void dots(const T *row, int count, const float *q, int n, float *out, int
                 next += 2 * W;
                 for (int g = 0; g < GQ; g++) {
                     acc[g][b] += x * loadu<vf>(q + g * n + i);
-                    (GQ == 1 ? other : acc)[g][b] += y * loadu<vf>(q + g * n + i + W);
+                    acc[g][b] += y * loadu<vf>(q + g * n + i + W);
                 }
             }
         }
@@ -261,8 +261,6 @@ ALWAYS void dots(const T *row, int count, const float *q, int n, float *out, int
                 for (int g = 0; g < GQ; g++) acc[g][b] += x * loadu<vf>(q + g * n + i);
             }
         }
-        if (GQ == 1)
-            for (int b = 0; b < NB; b++) acc[0][b] += other[0][b];
         for (int g = 0; g < GQ; g++) parts[g][time] = folded<NB, W>(acc[g]);
     }
     for (int g = 0; g < GQ; g++) storeu(out + g * stride, folded<TIMES, TIMES>(parts[g]));

@@ -14,7 +14,10 @@ from tests.e2e.processes import Cluster
 
 MODEL = "llama"
 BLOCK, BLOCKS = 16, 24  # tokens of a block; blocks of a worker, of which it lends 21
-PATIENT = {"controller": ("--heartbeat-seconds", "0.2"), "worker": ("--block-size", str(BLOCK), "--dtype", "float32")}
+FLAGS = {
+    "controller": ("--heartbeat-seconds", "0.2"),
+    "worker": ("--block-size", str(BLOCK), "--dtype", "float32", "--loan-seconds", "8", "--patience-seconds", "5"),
+}
 MARGIN = 1e-3  # in log-probability between the first and the second choice: less could fall either way
 
 
@@ -39,7 +42,7 @@ def _model() -> Any:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three workers of 24 blocks; no worker holds more than 384 tokens, all together hold 1,056."""
     folder = tmp_path_factory.mktemp("pooled")
-    with processes.cluster(folder, str(tiny.folder(MODEL)), blocks=BLOCKS, flags=PATIENT) as made:
+    with processes.cluster(folder, str(tiny.folder(MODEL)), blocks=BLOCKS, flags=FLAGS) as made:
         yield made
 
 

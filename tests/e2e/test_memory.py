@@ -9,13 +9,13 @@ import pytest
 
 from infinillm import rpc
 from infinillm.core.request import Sampling
-from infinillm.errors import TooLong
+from infinillm.errors import TooLong, Unavailable
 from infinillm.protos import inference_pb2 as pb
 from infinillm.protos import shard_pb2
 from infinillm.wire import sampling_to_wire
 from tests import tiny
 from tests.e2e import client, processes
-from tests.e2e.conftest import BLOCK, BLOCKS, MODEL, PATIENT, truth
+from tests.e2e.conftest import BLOCK, BLOCKS, FLAGS, MODEL, truth
 from tests.e2e.processes import Cluster
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"]
@@ -26,7 +26,7 @@ AT_ONCE = 2.0  # seconds; nothing is computed for it
 
 @pytest.fixture(scope="module")
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    flags = {**PATIENT, "controller": (*PATIENT["controller"], "--policy", "isolated")}
+    flags = {**FLAGS, "controller": (*FLAGS["controller"], "--policy", "isolated")}
     folder = tmp_path_factory.mktemp("isolated")
     with processes.cluster(folder, str(tiny.folder(MODEL)), blocks=BLOCKS, workers=2, flags=flags) as made:
         yield made
@@ -106,7 +106,10 @@ def test_a_worker_that_is_asked_directly_refuses_it_too_and_goes_on(pool: Cluste
     asked = shard_pb2.ShardGenerateRequest(
         id="direct", prompt=tiny.prompt(MOST + 1, 4), sampling=sampling_to_wire(Sampling(max_tokens=2))
     )
-    with rpc.blocking_channel(pool.workers["worker-0"].said["address"]) as channel, pytest.raises(TooLong):
+    with (
+        rpc.blocking_channel(pool.workers["worker-0"].said["address"]) as channel,
+        pytest.raises(Unavailable, match="too small for this request"),
+    ):
         list(rpc.BlockingClient(channel, shard).Generate(asked, timeout=20.0))
     prompt, want = truth(40, 5, 8)
     assert client.complete(pool.url, prompt, 8).tokens == want
