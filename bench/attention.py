@@ -3,9 +3,10 @@
     python -m bench.attention [--threads 1 2] [--seconds 0.6] [--out bench/results/attention-cpu.json]
 
 Each sample of a decode is followed by reading as many bytes of another buffer, so that both see the same machine; a
-share is the quotient of the two medians. K/V rotate through a pool far larger than a core's caches. `flash` is torch's
-CPU flash attention with the group packed as rows, `sdpa` is F.scaled_dot_product_attention with enable_gqa; both are
-given contiguous K/V, which paged K/V would first have to be gathered into. `torch body` does gather.
+share is the quotient of the two lower quartiles, as whoever else uses the machine can only slow a sample. K/V rotate
+through a pool far larger than a core's caches. `flash` is torch's CPU flash attention with the group packed as rows,
+`sdpa` is F.scaled_dot_product_attention with enable_gqa; both are given contiguous K/V, which paged K/V would first
+have to be gathered into. `torch body` does gather.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def store(body: Native, heads: Heads, dtype: str, size: int, blocks: int, layers
 
 
 def sample(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
-    """The median time of each call, taken in turns; a slow call is sampled less often."""
+    """The lower quartile of the times of each call, taken in turns; a slow call is sampled less often."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)
@@ -72,7 +73,7 @@ def sample(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[st
             begun = time.perf_counter()
             call(turn)
             times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.quantiles(taken, n=4)[0] for name, taken in times.items()}
 
 
 def decode(body: Native, heads: Heads, dtype: str, size: int, batch: int, context: int, buffer: Tensor, seconds: float):

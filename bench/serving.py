@@ -90,18 +90,23 @@ class Entry:
     def note(self, figure: str, value: float, others: float) -> None:
         self.samples.setdefault(figure, []).append((value, others))
 
-    def told(self) -> dict[str, Any]:
-        figures = {
-            figure: {
-                "median": round(statistics.median(v for v, _ in pairs), 3),
-                "low": round(min(v for v, _ in pairs), 3),
-                "high": round(max(v for v, _ in pairs), 3),
-                "samples": [round(v, 3) for v, _ in pairs],
-                "others": [o for _, o in pairs],
-            }
-            for figure, pairs in self.samples.items()
-        }
+    def told(self, limit: float) -> dict[str, Any]:
+        figures = {figure: summary(pairs, limit) for figure, pairs in self.samples.items()}
         return {"command": self.system.command, "missing": self.missing, "figures": figures}
+
+
+def summary(pairs: Sequence[tuple[float, float]], limit: float) -> dict[str, Any]:
+    """The median of a figure's samples; where some had the machine to themselves, of those alone."""
+    quiet = [value for value, others in pairs if others <= limit]
+    counted = quiet or [value for value, _ in pairs]
+    return {
+        "median": round(statistics.median(counted), 3),
+        "low": round(min(counted), 3),
+        "high": round(max(counted), 3),
+        "quiet": len(quiet),
+        "samples": [round(value, 3) for value, _ in pairs],
+        "others": [others for _, others in pairs],
+    }
 
 
 class Prompts:
@@ -248,7 +253,7 @@ async def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "sizes": {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__},
         "seconds": round(time.monotonic() - began),
         "vllm": systems.VLLM,
-        "systems": {entry.system.name: entry.told() for entry in entries},
+        "systems": {entry.system.name: entry.told(args.quiet) for entry in entries},
         "same_tokens": agreement(entries),
         **extra,
     }

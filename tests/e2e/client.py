@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 PATIENCE = httpx.Timeout(60.0, connect=10.0)
-LIMITS = httpx.Limits(max_connections=256)
+LIMITS = httpx.Limits(max_connections=256, keepalive_expiry=1.0)  # seconds; well before the server hangs up
 
 
 @dataclass(frozen=True, slots=True)
