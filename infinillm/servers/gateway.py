@@ -24,6 +24,7 @@ from infinillm.telemetry import Metrics, log
 DRAIN_SECONDS = 20.0  # streams have this long to finish once the process is told to end
 READY_SECONDS = 0.5  # between two looks at whether the pool is ready
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they close first
 
 
 class Http(uvicorn.Server):
@@ -60,6 +61,7 @@ class Gateway:
                 lifespan="off",
                 ws="none",
                 backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(DRAIN_SECONDS),
                 server_header=False,
             )
