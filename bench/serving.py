@@ -271,11 +271,12 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=2, help="how often a sample is taken at most")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait, in all, for others to be done")
     parser.add_argument("--port", type=int, default=18102, help="port for vLLM")
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/serving.json, or serving-quick.json")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only takes {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
+    args.out = args.out or RESULTS / ("serving-quick.json" if args.quick else "serving.json")
     if args.quick:
         args.rounds = 1
     cache = Path.home() / ".cache" / "infinillm"
