@@ -161,7 +161,6 @@ class Sequence:
     layout: Layout = ()  # what is reserved, block by block: spans tile, whole blocks, ordered by start
     cached: int = 0  # tokens of the prompt found in the prefix cache at admission
     preemptions: int = 0
-    finish_reason: str = ""
 
     @property
     def id(self) -> SeqId:

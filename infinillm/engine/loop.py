@@ -68,7 +68,6 @@ class Engine:
         self.prompts: dict[SeqId, dict[int, TokenLogprob]] = {}
         self.load = Load()
         self.finished: dict[SeqId, tuple[int, Layout]] = {}
-        self.last_step = time.monotonic()
         self.failure: BaseException | None = None
         self._step = 0
         self._failed = 0  # passes in a row that raised
@@ -289,7 +288,6 @@ class Engine:
         else:
             self.waiting.remove(sequence)
         sequence.pass_through("finish")
-        sequence.finish_reason = reason
         del self.sequences[sequence.id], self.names[sequence.id]
         self.prompts.pop(sequence.id, None)
         self.metrics.add("requests_total", outcome=reason)
@@ -347,7 +345,6 @@ class Engine:
                 self.memory.blocks.seal(sequence.id, i * size, names[i])
 
     def _count(self, step: Step, seconds: float) -> None:
-        self.last_step = time.monotonic()
         m = self.metrics
         m.add("steps_total")
         m.observe("step_seconds", seconds)

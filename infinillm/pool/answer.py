@@ -126,7 +126,6 @@ class PoolService:
         self.clock, self.metrics = clock, metrics
         self.conversations: dict[str, Conversation] = {}
         self.incarnations: dict[NodeId, str] = {}
-        self.threads: set[threading.Thread] = set()
         self.draining = False
 
     # --- lending -------------------------------------------------------------------------------------------------
@@ -214,7 +213,6 @@ class PoolService:
         thread = threading.Thread(
             target=self._serve, args=(name, talk, loop), name=f"answer-{talk.borrower}", daemon=True
         )
-        self.threads.add(thread)
         thread.start()
         return pb.OpenPortResponse(conversation=name, kind=kind, ticket=listener.ticket)
 
@@ -279,7 +277,6 @@ class PoolService:
             self.conversations.pop(name, None)
             with self.memory.lock:  # one that is alive opens another conversation, and renews
                 self.memory.blocks.doubt(talk.borrower, self.clock() + self.patience)
-            self.threads.discard(threading.current_thread())
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_tell, talk.ended, reason)
 
