@@ -71,6 +71,7 @@ class Worker:
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     max_num_batched_tokens: int = option(512, "most tokens computed in one step", least=1, most=2**20)
     max_num_seqs: int = option(64, "most requests computed in one step", least=1, most=65536)
+    max_waiting: int = option(1024, "most requests that wait for their first step", least=1, most=2**20)
     lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
     loan_seconds: float = option(45.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
     port_kind: str = option("auto", "how tensors travel; auto: shm on one host, else tcp", choices=PORTS)

@@ -7,6 +7,7 @@ to the node it is for, so its `Grow.node` is empty on arrival. A value that cann
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 from infinillm.core.request import Sampling
 from infinillm.core.types import (
@@ -70,12 +71,22 @@ def shape_from_wire(message: types_pb2.AttentionShape) -> AttentionShape:
 
 def model_to_wire(model: Model) -> controller_pb2.Model:
     return controller_pb2.Model(
-        name=model.name, shape=shape_to_wire(model.shape), max_position=model.max_position, revision=model.revision
+        name=model.name,
+        shape=shape_to_wire(model.shape),
+        max_position=model.max_position,
+        max_model_len=model.max_model_len,
+        revision=model.revision,
     )
 
 
 def model_from_wire(message: controller_pb2.Model) -> Model:
-    return Model(_named("name", message.name), shape_from_wire(message.shape), message.max_position, message.revision)
+    return Model(
+        _named("name", message.name),
+        shape_from_wire(message.shape),
+        message.max_position,
+        message.max_model_len,
+        message.revision,
+    )
 
 
 # --- places -------------------------------------------------------------------------------------------------------
@@ -164,24 +175,13 @@ def plan_from_wire(message: pool_pb2.Plan) -> Plan:
 
 # --- sampling -----------------------------------------------------------------------------------------------------
 
-_SAMPLING_FIELDS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "ignore_eos",
-)
-_OPTIONAL_FIELDS = ("seed", "logprobs", "prompt_logprobs")
+SAMPLING_NUMBERS = tuple(f.name for f in fields(Sampling) if isinstance(f.default, int | float))
+SAMPLING_OPTIONS = tuple(f.name for f in fields(Sampling) if f.default is None)  # numbers that may be unset
 
 
 def sampling_to_wire(sampling: Sampling) -> types_pb2.Sampling:
     return types_pb2.Sampling(
-        **{name: getattr(sampling, name) for name in (*_SAMPLING_FIELDS, *_OPTIONAL_FIELDS)},
+        **{name: getattr(sampling, name) for name in (*SAMPLING_NUMBERS, *SAMPLING_OPTIONS)},
         logit_bias=dict(sampling.logit_bias),
         stop_token_ids=sampling.stop_token_ids,
     )
@@ -189,9 +189,9 @@ def sampling_to_wire(sampling: Sampling) -> types_pb2.Sampling:
 
 def sampling_from_wire(message: types_pb2.Sampling) -> Sampling:
     """Every field counts as written: a shard is told everything, so there is nothing to fill in. Biases come sorted."""
-    given = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
+    given = {name: getattr(message, name) for name in SAMPLING_OPTIONS if message.HasField(name)}
     return Sampling(
-        **{name: getattr(message, name) for name in _SAMPLING_FIELDS},
+        **{name: getattr(message, name) for name in SAMPLING_NUMBERS},
         **given,
         logit_bias=tuple(sorted(message.logit_bias.items())),
         stop_token_ids=tuple(message.stop_token_ids),

@@ -31,7 +31,7 @@ shapes = st.builds(
     windows=st.lists(u32, max_size=80).map(tuple),
     soft_cap=numbers,
 )
-models = st.builds(Model, name=names, shape=shapes, max_position=u64, revision=st.text(max_size=5))
+models = st.builds(Model, name=names, shape=shapes, max_position=u64, max_model_len=u64, revision=st.text(max_size=5))
 spans = st.builds(lambda node, a, b: Span(node, min(a, b), max(a, b)), names, u64, u64)
 nodes = st.builds(
     Node,

@@ -5,7 +5,7 @@ kept for its prefix, and is room like a free one), or *held* by one or more sequ
 holding, keyed by its owner: the node itself (owner ""), or a borrower. A loan is a number of blocks promised to one
 borrower, not particular blocks: what is promised and not yet held is subtracted from the node's own room, so a
 borrower that reserved never finds the memory gone. One borrower has at most one loan here; lending again makes it
-larger.
+larger. No two loans ever have one id, so a late word about a loan that is over finds nothing.
 
 Law: free + idle + held == count, and held by the node itself + lent <= count. `check` says whether it holds.
 """
@@ -157,17 +157,13 @@ class Blocks:
             self._by_name[name] = block
             self._names[block] = name
 
-    def forget_prefixes(self) -> None:
-        """Drop the prefix cache: idle blocks become free."""
-        self._free.extend(self._idle)
-        self._idle.clear()
-        self._by_name.clear()
-        self._names.clear()
-
     # --- lending -------------------------------------------------------------------------------------------------
 
-    def lend(self, borrower: NodeId, blocks: int, until: float) -> Loan | Refused:
-        """Promise `blocks` more to a borrower. First come, first served; the cap and the own room decide."""
+    def lend(self, borrower: NodeId, blocks: int, until: float, id: LoanId) -> Loan | Refused:
+        """Promise `blocks` more to a borrower. First come, first served; the cap and the own room decide.
+
+        `id`, never used before, becomes that of a new loan; a loan that grows keeps its own.
+        """
         if borrower == self.node:
             return Refused("a node cannot lend to itself")
         if blocks <= 0:
@@ -180,25 +176,26 @@ class Blocks:
         loan = (
             replace(old, blocks=old.blocks + blocks, until=max(old.until, until))
             if old
-            else Loan(self.loan_id(borrower), self.node, borrower, blocks, until)
+            else Loan(id, self.node, borrower, blocks, until)
         )
         self.loans[borrower] = loan
         return loan
 
-    def loan_id(self, borrower: NodeId) -> LoanId:
-        return f"{self.node}>{borrower}"
+    def loan(self, id: LoanId) -> Loan | None:
+        """The loan of that id, while it lasts."""
+        return next((loan for loan in self.loans.values() if loan.id == id), None)
 
-    def renew(self, borrower: NodeId, until: float) -> bool:
+    def renew(self, id: LoanId, until: float) -> bool:
         """Keep a loan alive; never shortens it."""
-        if (loan := self.loans.get(borrower)) is None:
+        if (loan := self.loan(id)) is None:
             return False
-        self.loans[borrower] = replace(loan, until=max(loan.until, until))
+        self.loans[loan.borrower] = replace(loan, until=max(loan.until, until))
         return True
 
-    def doubt(self, borrower: NodeId, until: float) -> None:
+    def doubt(self, id: LoanId, until: float) -> None:
         """The borrower fell silent: its loan ends at `until` unless it is heard again before."""
-        if (loan := self.loans.get(borrower)) is not None:
-            self.loans[borrower] = replace(loan, until=min(loan.until, until))
+        if (loan := self.loan(id)) is not None:
+            self.loans[loan.borrower] = replace(loan, until=min(loan.until, until))
 
     def give_back(self, borrower: NodeId, blocks: int | None = None) -> int:
         """The borrower returns unused blocks of its loan (`None`: the whole loan, with whatever it still holds)."""
@@ -217,12 +214,9 @@ class Blocks:
             self.loans[borrower] = replace(loan, blocks=loan.blocks - blocks)
         return blocks
 
-    def expire(self, now: float) -> list[Loan]:
-        """End every loan nobody renewed in time; returns them as they were."""
-        over = [loan for loan in self.loans.values() if loan.until <= now]
-        for loan in over:
-            self.give_back(loan.borrower)
-        return over
+    def due(self, now: float) -> list[Loan]:
+        """The loans nobody renewed in time."""
+        return [loan for loan in self.loans.values() if loan.until <= now]
 
     # --- laws ----------------------------------------------------------------------------------------------------
 

@@ -49,12 +49,26 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a cluster serves; nodes pool only where it is the same. `max_position` in tokens, 0: no limit known."""
+    """What a cluster serves; nodes pool only where it is the same.
+
+    `max_position` tokens the model was made for (0: no limit known), `max_model_len` tokens of the longest request
+    served, on which some rotary embeddings depend, `revision` a digest of config and weights.
+    """
 
     name: str
     shape: AttentionShape
     max_position: int = 0
+    max_model_len: int = 0
     revision: str = ""
+
+
+def difference(ours: Model | AttentionShape, theirs: Model | AttentionShape) -> tuple[str, object, object] | None:
+    """The first field in which two models, or two shapes, are not the same, with both its values."""
+    for name in ours.__dataclass_fields__:
+        one, other = getattr(ours, name), getattr(theirs, name)
+        if one != other:
+            return difference(one, other) if isinstance(one, AttentionShape) else (name, one, other)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +145,8 @@ class Node:
     """A node as the ledger knows it. Law: used + lent <= blocks.
 
     `used` counts blocks held by the node's own sequences, `cached` unreferenced blocks kept for their
-    prefix (they are room), `lent` blocks promised to others, `lendable` the cap on `lent`.
+    prefix (they are room), `lent` blocks promised to others, `lendable` the cap on `lent`. Of two incarnations of
+    one node the larger word was started later, and supersedes the other.
     """
 
     id: NodeId

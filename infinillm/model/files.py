@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import json
+import os
 import re
 import shutil
 import tempfile
@@ -21,6 +23,8 @@ DEFAULT_VERSION = "0.1.2"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 RECIPE = 1  # of converting; a higher number makes every folder in the cache stale
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WRITERS = ("transformers_version", "_name_or_path")  # of a config: who wrote it, not what it is
+END_BYTES = 1 << 16  # of a file of weights
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 
 
@@ -47,6 +51,19 @@ def resolve(model: str | None, cache: Path, progress: Progress) -> Path:
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or not HUB_ID.fullmatch(model):
         raise BadRequest(f"there is no model at {model}", field="model")
     return _fetched(model, progress)
+
+
+def revision(folder: Path) -> str:
+    """A digest of a model's config and weights: of the files' sizes and ends, so that it need not read them whole."""
+    config = json.loads((folder / "config.json").read_text())
+    told = {key: value for key, value in config.items() if key not in WRITERS}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - END_BYTES))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]
 
 
 def served_name(model: str | None) -> str:

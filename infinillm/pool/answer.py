@@ -6,6 +6,9 @@ write, attend, send [o, lse]. Releases travel in the same order as plans, so not
 plan that is older than the last, or that the books refuse, ends the conversation: the borrower's port closes, and it
 knows. Loans outlive conversations: a borrower that reconnects before its loan lapses finds its blocks where they
 were.
+
+Everything after Lend names the loan. A loan belongs to one incarnation of its borrower: a later one ends it, and an
+earlier one is Stale. What is remembered of borrowers ends with their loans.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -21,8 +25,8 @@ from typing import Any
 import torch
 
 from infinillm import wire
-from infinillm.core.types import AttentionShape, Node, NodeId, Plan, Refused, SeqId
-from infinillm.errors import BadRequest, Broken, DeadlineExceeded, NotFound, PortClosed
+from infinillm.core.types import Loan, LoanId, Node, NodeId, Plan, Refused, SeqId, difference
+from infinillm.errors import BadRequest, Broken, DeadlineExceeded, NotFound, PortClosed, Stale
 from infinillm.pool.memory import Memory
 from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
@@ -45,6 +49,7 @@ class Conversation:
     """What one borrower said, waiting for its thread."""
 
     borrower: NodeId
+    loan: LoanId
     listener: Listener
     ended: asyncio.Future[str]
     opened: threading.Event = field(default_factory=threading.Event)
@@ -125,26 +130,31 @@ class PoolService:
         self.lanes, self.port_kind, self.patience, self.loan_seconds = lanes, port_kind, patience, loan_seconds
         self.clock, self.metrics = clock, metrics
         self.conversations: dict[str, Conversation] = {}
-        self.incarnations: dict[NodeId, str] = {}
+        self.incarnations: dict[NodeId, str] = {}  # of those who have a loan
         self.draining = False
 
     # --- lending -------------------------------------------------------------------------------------------------
 
     async def Lend(self, request: pb.LendRequest, call: Any) -> pb.LendResponse:
-        borrower, now = request.borrower, self.clock()
-        if not borrower or not request.borrower_incarnation:
+        borrower, incarnation, node = request.borrower, request.borrower_incarnation, self.memory.blocks.node
+        if not borrower or not incarnation:
             raise BadRequest("borrower and borrower_incarnation must be set", field="borrower")
         if self.draining:
-            return pb.LendResponse(refused=f"{self.memory.blocks.node} is draining")
-        if self.incarnations.get(borrower, request.borrower_incarnation) != request.borrower_incarnation:
-            await self._forget(borrower, "the borrower restarted")
-        elif not request.loan:
-            await self._forget(borrower, "the borrower knows of no loan")
-        elif borrower not in self.memory.blocks.loans:
-            return pb.LendResponse(refused=f"{self.memory.blocks.node}: the loan {request.loan} has lapsed")
-        self.incarnations[borrower] = request.borrower_incarnation
+            return pb.LendResponse(refused=f"{node} is draining")
+        self._check_current(borrower, incarnation)
+        if not (known := self.incarnations.get(borrower) == incarnation and bool(request.loan)):
+            await self._settle(borrower)
         with self.memory.lock:
-            result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds)
+            self._check_current(borrower, incarnation)  # others came while we waited
+            if not known and (blocks := self.memory.blocks.give_back(borrower)):
+                log("returned", borrower=borrower, blocks=blocks, reason="the borrower knows of no loan")
+            loan, now = self.memory.blocks.loans.get(borrower), self.clock()
+            if request.loan and (loan is None or loan.id != request.loan):
+                return pb.LendResponse(refused=f"{node}: the loan {request.loan} is over")
+            name = f"{node}>{borrower}#{secrets.token_hex(6)}"
+            result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds, name)
+            if not isinstance(result, Refused):
+                self.incarnations[borrower] = incarnation
         if isinstance(result, Refused):
             log("refused", borrower=borrower, blocks=request.blocks, reason=result.reason)
             self.metrics.add("loan_operations_total", operation="refuse")
@@ -154,16 +164,15 @@ class PoolService:
         return pb.LendResponse(loan=wire.loan_to_wire(result, now))
 
     async def Return(self, request: pb.ReturnRequest, call: Any) -> pb.ReturnResponse:
-        loans = self.memory.blocks.loans
-        borrower = next((b for b, loan in list(loans.items()) if loan.id == request.loan), None)
-        if borrower is None:
-            return pb.ReturnResponse()  # it has lapsed already: the same end
-        if not request.blocks:
-            await self._settle(borrower)
-        with self.memory.lock:
-            blocks = self.memory.blocks.give_back(borrower, request.blocks or None)
-        log("returned", loan=request.loan, borrower=borrower, blocks=blocks)
-        self.metrics.add("loan_operations_total", operation="return")
+        with suppress(NotFound):  # it has lapsed already: the same end
+            loan = self._loan(request.loan)
+            if not request.blocks:
+                await self._settle(loan.borrower)
+            with self.memory.lock:
+                self._loan(loan.id)  # it may have ended while we waited
+                blocks = self.memory.blocks.give_back(loan.borrower, request.blocks or None)
+            log("returned", loan=loan.id, borrower=loan.borrower, blocks=blocks)
+            self.metrics.add("loan_operations_total", operation="return")
         return pb.ReturnResponse()
 
     def expire(self, grace: float) -> None:
@@ -174,55 +183,64 @@ class PoolService:
         now = self.clock()
         with self.memory.lock:
             if grace > 1.0:
-                for borrower, loan in self.memory.blocks.loans.items():
-                    self.memory.blocks.renew(borrower, loan.until + grace)
-            due = [borrower for borrower, loan in self.memory.blocks.loans.items() if loan.until <= now]
-            talks = {borrower: self._talks(borrower) for borrower in due}
-            over = [self.memory.blocks.loans[borrower] for borrower in due if not talks[borrower]]
+                for loan in list(self.memory.blocks.loans.values()):
+                    self.memory.blocks.renew(loan.id, loan.until + grace)
+            due = self.memory.blocks.due(now)
+            over = [loan for loan in due if not self._talks(loan.borrower)]
             for loan in over:
                 self.memory.blocks.give_back(loan.borrower)
-        for talk in (talk for each in talks.values() for talk in each):
-            talk.close()
+            self.incarnations = {b: i for b, i in self.incarnations.items() if b in self.memory.blocks.loans}
+        for loan in due:
+            for talk in self._talks(loan.borrower):
+                talk.close()
         for loan in over:
             log("expired", loan=loan.id, borrower=loan.borrower, blocks=loan.blocks)
             self.metrics.add("loan_operations_total", operation="expire")
 
-    async def _forget(self, borrower: NodeId, reason: str) -> None:
-        """Let go of everything a borrower has, once nothing answers it any more."""
-        await self._settle(borrower)
-        with self.memory.lock:
-            blocks = self.memory.blocks.give_back(borrower)
-        if blocks:
-            log("returned", borrower=borrower, blocks=blocks, reason=reason)
+    def _check_current(self, borrower: NodeId, incarnation: str) -> None:
+        """Raise Stale where we lend to a later start of this borrower."""
+        known = self.incarnations.get(borrower, incarnation)
+        if incarnation < known:
+            node = self.memory.blocks.node
+            raise Stale(f"{node} lends to {borrower} {known}, which was started after {incarnation}")
 
     def _talks(self, borrower: NodeId) -> list[Conversation]:
-        return [talk for talk in self.conversations.values() if talk.borrower == borrower]
+        return [talk for talk in list(self.conversations.values()) if talk.borrower == borrower]
 
     # --- conversation --------------------------------------------------------------------------------------------
 
     async def OpenPort(self, request: pb.OpenPortRequest, call: Any) -> pb.OpenPortResponse:
-        theirs, ours = wire.shape_from_wire(request.shape), self.memory.store.shape
-        if difference := _difference(theirs, ours):
-            raise BadRequest(f"the node's {difference}", field="shape")
+        if differs := difference(self.memory.store.shape, wire.shape_from_wire(request.shape)):
+            field, ours, theirs = differs
+            raise BadRequest(f"{field} is {ours} on this node, {theirs} on the borrower", field="shape")
         kind = choose(request.kind or self.port_kind, host_key(), request.host_key)
-        await self._settle(request.borrower)
+        await self._settle(self._loan(request.loan).borrower)
+        loan = self._loan(request.loan)  # it may have ended while we waited
         listener = self.lanes.listen(kind)
         name = secrets.token_hex(16)
         loop = asyncio.get_running_loop()
-        talk = self.conversations[name] = Conversation(request.borrower, listener, loop.create_future())
+        talk = self.conversations[name] = Conversation(loan.borrower, loan.id, listener, loop.create_future())
         thread = threading.Thread(
             target=self._serve, args=(name, talk, loop), name=f"answer-{talk.borrower}", daemon=True
         )
         thread.start()
         return pb.OpenPortResponse(conversation=name, kind=kind, ticket=listener.ticket)
 
+    def _loan(self, id: LoanId) -> Loan:
+        """The loan of that id. Raises NotFound where it is over: lapsed, returned, or its borrower started again."""
+        with self.memory.lock:
+            if (loan := self.memory.blocks.loan(id)) is None:
+                raise NotFound(f"{self.memory.blocks.node} has no loan {id!r} in force", field="loan")
+        return loan
+
     async def _settle(self, borrower: NodeId) -> None:
         """End the borrower's earlier conversations, and wait until their threads have: there is one at a time."""
-        earlier = self._talks(borrower)
-        for talk in earlier:
-            talk.close()
-        if earlier:
-            await asyncio.wait([talk.ended for talk in earlier], timeout=self.patience)
+        while earlier := self._talks(borrower):
+            for talk in earlier:
+                talk.close()
+            _, alive = await asyncio.wait([talk.ended for talk in earlier], timeout=self.patience)
+            if alive:
+                raise DeadlineExceeded(f"an earlier conversation with {borrower} has not ended")
 
     async def Converse(
         self, requests: AsyncIterator[pb.ConverseRequest], call: Any
@@ -232,8 +250,7 @@ class PoolService:
         talk = self.conversations.get(name)
         if first is None or talk is None:
             raise NotFound(f"no conversation {name!r} was opened here", field="open")
-        with self.memory.lock:
-            self.memory.blocks.renew(talk.borrower, self.clock() + self.loan_seconds)
+        self._renew(talk)
         talk.inbox.put(_Holds(first.open.sequences))
         talk.opened.set()
         listening = asyncio.create_task(self._listen(requests, talk))
@@ -253,10 +270,13 @@ class PoolService:
                     case "release":
                         talk.inbox.put(request.release.sequence)
                     case "renew":
-                        with self.memory.lock:
-                            self.memory.blocks.renew(talk.borrower, self.clock() + self.loan_seconds)
+                        self._renew(talk)
         finally:
             talk.inbox.put(_Over())
+
+    def _renew(self, talk: Conversation) -> None:
+        with self.memory.lock:
+            self.memory.blocks.renew(talk.loan, self.clock() + self.loan_seconds)
 
     def _serve(self, name: str, talk: Conversation, loop: asyncio.AbstractEventLoop) -> None:
         reason = "nobody came to the port"
@@ -276,7 +296,7 @@ class PoolService:
             talk.close()
             self.conversations.pop(name, None)
             with self.memory.lock:  # one that is alive opens another conversation, and renews
-                self.memory.blocks.doubt(talk.borrower, self.clock() + self.patience)
+                self.memory.blocks.doubt(talk.loan, self.clock() + self.patience)
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_tell, talk.ended, reason)
 
@@ -299,10 +319,3 @@ class PoolService:
 def _tell(ended: asyncio.Future[str], reason: str) -> None:
     if not ended.done():
         ended.set_result(reason)
-
-
-def _difference(theirs: AttentionShape, ours: AttentionShape) -> str:
-    for name in AttentionShape.__dataclass_fields__:
-        if getattr(theirs, name) != getattr(ours, name):
-            return f"{name} is {getattr(ours, name)}, the borrower's {getattr(theirs, name)}"
-    return ""

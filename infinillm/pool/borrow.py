@@ -16,6 +16,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooLate
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -30,6 +32,7 @@ from infinillm.transport.lanes import Lanes, host_key
 
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
 RPC_SECONDS = 5.0
+REOPEN_SECONDS = 1.0  # while every running request waits
 
 
 class Conversation:
@@ -69,7 +72,7 @@ class Conversation:
         self._replies.cancel()
         self._channel.close()
         if threading.current_thread() is not self._reader:
-            self._reader.join(timeout=RPC_SECONDS)
+            self._reader.join(timeout=REOPEN_SECONDS)
 
     def _read(self) -> None:
         try:
@@ -120,6 +123,7 @@ class Lenders:
         self.accounts: dict[NodeId, Lender] = {}
         self.lock = threading.RLock()
         self._dealing = asyncio.Lock()  # one borrowing or returning at a time: both speak of whole loans
+        self._opening = ThreadPoolExecutor(thread_name_prefix="open-port")
 
     # --- accounts, called by the engine --------------------------------------------------------------------------
 
@@ -151,18 +155,25 @@ class Lenders:
                 lender.unsaid.add(seq)
 
     def conversation(self, node: NodeId) -> Conversation:
-        """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost."""
+        """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost.
+
+        The engine waits, and with it every request: so a lender that takes longer than REOPEN_SECONDS is lost.
+        """
         with self.lock:
             lender = self.accounts.get(node)
         if lender is None:
             raise NodeLost(f"no loan from {node}", node=node)
         if lender.conversation is None:
+            holding = [seq for seq in lender.used if seq not in lender.unsaid]  # what came back since is grown anew
+            opening = self._opening.submit(self._open, node, lender.address, lender.loan, holding)
             try:
-                holding = [seq for seq in lender.used if seq not in lender.unsaid]  # what came back since is grown anew
-                lender.conversation = self._open(lender.node, lender.address, holding)
-                lender.unsaid.clear()
+                lender.conversation = opening.result(REOPEN_SECONDS)
             except InfinillmError as error:
                 raise NodeLost(error.message, node=node) from error
+            except TooLate:
+                opening.add_done_callback(_close_late)
+                raise NodeLost(f"{node} opened no port within {REOPEN_SECONDS:g} s", node=node) from None
+            lender.unsaid.clear()
         return lender.conversation
 
     def reset(self, nodes: Iterable[NodeId]) -> None:
@@ -215,7 +226,7 @@ class Lenders:
             opened = None
             if node not in self.accounts:  # the engine may use blocks as soon as it sees them
                 try:
-                    opened = await asyncio.to_thread(self._open, node, address, ())
+                    opened = await asyncio.to_thread(self._open, node, address, loan, ())
                 except InfinillmError as error:
                     await self._return(address, loan, asked)
                     total -= asked
@@ -264,6 +275,7 @@ class Lenders:
             with self.lock:
                 lenders, self.accounts = list(self.accounts.values()), {}
             await self._end(lenders)
+        self._opening.shutdown(wait=False)
 
     async def _end(self, lenders: Sequence[Lender]) -> None:
         for lender in lenders:
@@ -293,12 +305,11 @@ class Lenders:
         except InfinillmError as error:
             log("return_failed", loan=loan, reason=error.message)  # it lapses by itself
 
-    def _open(self, node: NodeId, address: str, holding: Iterable[SeqId]) -> Conversation:
+    def _open(self, node: NodeId, address: str, loan: LoanId, holding: Iterable[SeqId]) -> Conversation:
         with rpc.blocking_channel(address) as channel:
             reply = rpc.BlockingClient(channel, POOL).OpenPort(
                 pb.OpenPortRequest(
-                    borrower=self.node,
-                    borrower_incarnation=self.incarnation,
+                    loan=loan,
                     shape=wire.shape_to_wire(self.memory.store.shape),
                     kind=self.port_kind,
                     host_key=host_key(),
@@ -308,3 +319,8 @@ class Lenders:
         port = self.lanes.connect(reply.ticket)
         log("port_opened", node=node, kind=port.kind)
         return Conversation(node, address, reply.conversation, port, holding)
+
+
+def _close_late(opening: Future[Conversation]) -> None:
+    if opening.exception() is None:
+        opening.result().close()

@@ -5,8 +5,9 @@ changes, and nothing awaits between reading it and changing it. The ledger is so
 an empty one and a larger epoch; nodes find that they are not known, and join again with all they know. While that goes
 on (`settling`) a request that seems too long is told to try again, not that it never fits.
 
-    Join        anybody whose incarnation has not been superseded; a new incarnation supersedes the old one for good
+    Join        anybody but an earlier incarnation of a member, which is Stale; a later one supersedes the member
     Heartbeat   from a known node, its present incarnation and this epoch; else `known` is false, or it is Stale
+    Creditors   from anybody but an earlier incarnation of a member
     silence     a node not heard for SILENT_BEATS heartbeats has left; nobody is blamed for a sleep of our own
 
 Requests routed since a node's last report are counted as if they were in its queue already, so that a burst spreads.
@@ -15,8 +16,6 @@ Requests routed since a node's last report are counted as if they were in its qu
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -26,9 +25,10 @@ from infinillm import config, rpc, wire
 from infinillm.core import ledger as books
 from infinillm.core import policy as policies
 from infinillm.core.ledger import Event, Joined, Left, Lent, Placed, Released, Report, Reported, Returned
-from infinillm.core.types import Ledger, Model, NodeId, Refused
+from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
 from infinillm.errors import BadRequest, Broken, NotFound, Stale, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
+from infinillm.servers.process import Told, ready
 from infinillm.telemetry import Metrics, log
 
 CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
@@ -53,7 +53,6 @@ class Controller:
         self.ledger = Ledger(epoch)
         self.model: Model | None = None  # of the nodes in the ledger; the first to join says
         self.heard: dict[NodeId, float] = {}
-        self.superseded: dict[NodeId, set[str]] = {}
         self.promised: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks) of requests routed
         self.started = self.ticked = clock()
         self.restarted = False
@@ -64,16 +63,14 @@ class Controller:
     async def Join(self, request: pb.JoinRequest, call: Any) -> pb.JoinResponse:
         now = self.clock()
         node, model = wire.node_from_wire(request.node), wire.model_from_wire(request.model)
-        if node.incarnation in self.superseded.get(node.id, ()):
-            raise Stale(f"{node.id} has been started again since {node.incarnation}")
-        if self.model is not None and set(self.ledger.nodes) - {node.id}:
-            _check_same(self.model, model)
+        self._check_current(node.id, node.incarnation)
+        others = set(self.ledger.nodes) - {node.id}
+        if others and self.model is not None and (differs := difference(self.model, model)):
+            field, ours, theirs = differs
+            raise BadRequest(f"{field} is {ours} in this cluster, {theirs} in the node that joins", field=field)
         loans = tuple(wire.loan_from_wire(loan, now) for loan in request.loans)
         report = Report(node, loans, dict(wire.layout_from_wire(layout) for layout in request.layouts))
-        known = self.ledger.nodes.get(node.id)
         self.hear([Joined(report)])
-        if known is not None and known.incarnation != node.incarnation:
-            self.superseded.setdefault(node.id, set()).add(known.incarnation)
         self.model = model
         self.heard[node.id] = now
         if 0 < request.epoch < self.ledger.epoch:
@@ -87,8 +84,8 @@ class Controller:
         now, epoch = self.clock(), self.ledger.epoch
         if request.epoch > epoch:
             raise Stale(f"this controller speaks for epoch {epoch}, {request.node} has seen {request.epoch}")
-        self._check_current(request.node, request.incarnation)
-        if request.node not in self.ledger.nodes or request.epoch < epoch:
+        known = self._check_current(request.node, request.incarnation)
+        if not known or request.epoch < epoch:
             self.restarted |= 0 < request.epoch < epoch
             return pb.HeartbeatResponse(epoch=epoch, known=False)
         self.hear(_events(request, now))
@@ -100,15 +97,16 @@ class Controller:
         return pb.HeartbeatResponse(epoch=epoch, known=True)
 
     async def Leave(self, request: pb.LeaveRequest, call: Any) -> pb.LeaveResponse:
-        self._check_current(request.node, request.incarnation)
-        self._leave(request.node, "it said so")
+        if self._check_current(request.node, request.incarnation):
+            self._leave(request.node, "it said so")
         return pb.LeaveResponse()
 
-    def _check_current(self, node: NodeId, incarnation: str) -> None:
-        """Raise Stale where somebody else goes by that name now."""
+    def _check_current(self, node: NodeId, incarnation: str) -> bool:
+        """Whether this is the member of that name. Raises Stale where the member was started later."""
         known = self.ledger.nodes.get(node)
-        if (known and known.incarnation != incarnation) or incarnation in self.superseded.get(node, ()):
-            raise Stale(f"{node} is another incarnation now, not {incarnation}")
+        if known is not None and incarnation < known.incarnation:
+            raise Stale(f"{node} is {known.incarnation} now, which was started after {incarnation!r}")
+        return known is not None and known.incarnation == incarnation
 
     def _leave(self, node: NodeId, reason: str) -> None:
         if node not in self.ledger.nodes:
@@ -139,6 +137,7 @@ class Controller:
     async def Creditors(self, request: pb.CreditorsRequest, call: Any) -> pb.CreditorsResponse:
         if request.blocks < 1:
             raise BadRequest("blocks must be at least 1", field="blocks")
+        self._check_current(request.node, request.incarnation)
         offers = self.policy.creditors(self.ledger, request.node, request.blocks)
         known = request.node in self.ledger.nodes and not self.settling
         reach = self.policy.reach(self.ledger, request.node, self._block_size()) if known else 0
@@ -170,7 +169,8 @@ class Controller:
                 self._refuse("settling", Unavailable(f"the controller has just restarted; so far {found.reason}"))
             self._refuse("too_long", TooLong(found.reason))
         self.promised.setdefault(found, deque()).append((now, -(-request.prompt_tokens // size)))
-        return pb.RouteResponse(node=found, address=self.ledger.nodes[found].address)
+        address, reach = self.ledger.nodes[found].address, self.policy.reach(self.ledger, found, size)
+        return pb.RouteResponse(node=found, address=address, max_tokens=reach)
 
     async def Snapshot(self, request: pb.SnapshotRequest, call: Any) -> pb.SnapshotResponse:
         now = self.clock()
@@ -242,17 +242,6 @@ class Controller:
             m.set("heartbeat_age_seconds", now - when, node=node)
 
 
-def _check_same(ours: Model, theirs: Model) -> None:
-    """Raise BadRequest where a node's K/V could not be used by the others."""
-    if ours.name != theirs.name or ours.revision != theirs.revision:
-        here, there = (f"{model.name} {model.revision}".strip() for model in (ours, theirs))
-        raise BadRequest(f"this cluster serves {here}, not {there}", field="model")
-    for name in ours.shape.__dataclass_fields__:
-        known, told = getattr(ours.shape, name), getattr(theirs.shape, name)
-        if known != told:
-            raise BadRequest(f"{name} is {known} in this cluster, {told} in the node that joins", field=name)
-
-
 def _events(request: pb.HeartbeatRequest, now: float) -> list[Event]:
     """What a heartbeat tells, as events. Raises BadRequest where a node speaks for another."""
     events: list[Event] = [Returned(request.node, loan) for loan in request.returned]
@@ -280,17 +269,15 @@ async def run(settings: config.Controller) -> None:
         metrics=metrics,
         clock=time.monotonic,
     )
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    told = Told()
     server = rpc.Server(settings.host, settings.port, [(CONTROLLER, controller)])
     address = f"{settings.host}:{await server.start()}"
     port = metrics.serve(settings.host, settings.metrics_port)
     scraped = f"{settings.host}:{port}" if port >= 0 else ""
     controller.tick()
     server.set_ready(True)
-    print(json.dumps({"ready": "controller", "id": "controller", "address": address, "metrics": scraped}), flush=True)
-    over = asyncio.create_task(ended.wait())
+    ready("controller", id="controller", address=address, metrics=scraped)
+    over = asyncio.create_task(told.once.wait())
     while not over.done():
         await asyncio.wait([over], timeout=settings.heartbeat_seconds)
         controller.tick()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,8 @@ from infinillm.servers.inference import Inference
 from infinillm.servers.inference_pool import Pool
 from infinillm.servers.inference_service import INFERENCE, InferenceService
 from infinillm.servers.openai import Api, application
-from infinillm.telemetry import Metrics, log
+from infinillm.servers.process import Told, ready, say
+from infinillm.telemetry import Metrics
 
 DRAIN_SECONDS = 20.0  # streams have this long to finish once the process is told to end
 READY_SECONDS = 0.5  # between two looks at whether the pool is ready
@@ -48,7 +47,7 @@ class Gateway:
         settings = self.settings
         listening = _listen(settings.host, settings.port)
         cache = files.cache_folder(settings.cache_dir)
-        path = await asyncio.to_thread(files.resolve, settings.model or None, cache, _say)
+        path = await asyncio.to_thread(files.resolve, settings.model or None, cache, say)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         model = settings.served_model_name or files.served_name(settings.model or None)
         self.inference = await asyncio.to_thread(Inference, tokenizer, self.pool, model, self.metrics)
@@ -59,6 +58,7 @@ class Gateway:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                http="h11",  # closes a connection on 64 KiB of headers; others read them without end
                 ws="none",
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -123,30 +123,18 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _say(what: str, share: float) -> None:
-    log("loading", what=what, done=share)
-
-
 async def run(settings: config.Gateway) -> None:
     """The process: ready line on stdout; SIGTERM and SIGINT drain and end it, a second one ends it at once."""
-    gateway = Gateway(settings)
-    told, told_again = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (told_again if told.is_set() else told).set())
+    gateway, told = Gateway(settings), Told()
     await gateway.start()
-    ready = {"ready": "gateway", "http": gateway.http_address, "grpc": gateway.grpc_address}
-    print(json.dumps(ready), flush=True)
-    ended = asyncio.create_task(told.wait())
-    await asyncio.wait({ended, *gateway.tasks}, return_when=asyncio.FIRST_COMPLETED)
-    ended.cancel()
+    ready("gateway", http=gateway.http_address, grpc=gateway.grpc_address)
+    failure = await told.or_ended(gateway.tasks)
     stopping = asyncio.create_task(gateway.stop())
-    hurried = asyncio.create_task(told_again.wait())
+    hurried = asyncio.create_task(told.again.wait())
     await asyncio.wait({stopping, hurried}, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
         await gateway.hurry()
     hurried.cancel()
     await stopping
-    for task in gateway.tasks:
-        if not task.cancelled():
-            task.result()  # what ended us, if it was not a signal
+    if failure is not None:
+        raise failure

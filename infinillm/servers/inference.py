@@ -24,7 +24,7 @@ from infinillm.errors import (
     TooLong,
     Unavailable,
 )
-from infinillm.model.tokenizer import Tokenizer
+from infinillm.model.tokenizer import Detokenizer, Tokenizer
 from infinillm.protos import shard_pb2
 from infinillm.servers.inference_pool import Pool
 from infinillm.servers.inference_text import Transcript
@@ -35,7 +35,10 @@ MOST_TRIES = 3  # workers asked before the first token
 MOST_STOP_STRINGS, MOST_STOP_CHARS = 16, 1000
 SHORT_TEXT = 1024  # characters that are tokenised faster than handed to a thread
 TOKENISING_THREADS = 2
-LITTLE_ROOM = 256  # tokens
+SHORT_TOKENS = 256
+MOST_TOKENS = 2**31 - 1
+MOST_NAME_CHARS = 256
+MOST_SALT_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class Ask:
     index: int  # of the choice
     prompt: tuple[int, ...]
     sampling: Sampling
+    elastic: bool  # nobody asked for a length: `max_tokens` counts as far as the pool can hold that much
     stop: tuple[str, ...]
     include_stop: bool
     skip_special: bool
@@ -58,6 +62,8 @@ class Ask:
             raise BadRequest(f"stop has more than {MOST_STOP_STRINGS} strings", field="stop")
         if not all(0 < len(stop) <= MOST_STOP_CHARS for stop in self.stop):
             raise BadRequest(f"each stop string must have 1 to {MOST_STOP_CHARS} characters", field="stop")
+        if len(self.cache_salt) > MOST_SALT_CHARS:
+            raise BadRequest(f"cache_salt has more than {MOST_SALT_CHARS} characters", field="cache_salt")
 
     @property
     def id(self) -> str:
@@ -105,8 +111,11 @@ class Inference:
         self._threads.shutdown(cancel_futures=True)
 
     def check_model(self, name: str | None) -> None:
-        if name and name != self.model:
-            raise NotFound(f"the model {name!r} does not exist; this server has {self.model!r}", field="model")
+        if not name or name == self.model:
+            return
+        if len(name) > MOST_NAME_CHARS:
+            raise BadRequest(f"model has {len(name):,} characters; no name has that many", field="model")
+        raise NotFound(f"the model {name!r} does not exist; this server has {self.model!r}", field="model")
 
     # --- prompts -------------------------------------------------------------------------------------------------
 
@@ -116,20 +125,29 @@ class Inference:
             return self.tokenizer.encode(text, special)
         return await self._apart(partial(self.tokenizer.encode, text, special))
 
+    async def decode(self, tokens: Sequence[int], skip_special: bool) -> str:
+        if len(tokens) <= SHORT_TOKENS:
+            return self.tokenizer.decode(tokens, skip_special)
+        return await self._apart(partial(_decoded, self.tokenizer, tokens, skip_special))
+
+    async def spell(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+        return await self._apart(lambda: [self.tokenizer.token_text(token) for token in tokens])
+
     async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         self._check_characters(sum(len(str(message.get("content"))) for message in messages), "messages")
         return await self._apart(partial(self.tokenizer.chat, messages, **options))
 
-    def check_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def check_tokens(self, tokens: Sequence[int], field: str) -> tuple[int, ...]:
         """Token ids from outside, as a prompt."""
         size, limit = self.tokenizer.vocab_size, self.pool.limit
         if limit and len(tokens) > limit:
             raise TooLong(
                 f"this server takes requests of up to {self.pool.capacity:,} tokens now, not {len(tokens):,}",
-                field="prompt",
+                field=field,
             )
         if tokens and (min(tokens) < 0 or max(tokens) >= size):
-            raise BadRequest(f"prompt has token ids outside the vocabulary of {size}", field="prompt")
+            raise BadRequest(f"{field} has token ids outside the vocabulary of {size}", field=field)
         return tuple(tokens)
 
     def _check_characters(self, count: int, field: str) -> None:
@@ -150,8 +168,8 @@ class Inference:
     async def _apart(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def room(self, prompt_tokens: int, wanted: int | None, default: int | None, fields: tuple[str, str]) -> int:
-        """How many tokens a request may produce: what it asks for, or else `default`, or all there is room for.
+    def room(self, prompt_tokens: int, wanted: int | None, default: int | None, fields: tuple[str, str]) -> int:
+        """How many tokens a request may produce: what it asks for, or else `default`, or all the model takes.
 
         Raises TooLong, naming one of `fields` (the prompt's, the length's), where the model does not take that many.
         Whether the pool does, the controller says when it routes.
@@ -166,9 +184,7 @@ class Inference:
             )
         if wanted is not None:
             return wanted
-        if self.pool.capacity - prompt_tokens < LITTLE_ROOM:  # too little to trust what the pool said a second ago
-            await self.pool.try_refresh()
-        left = max(self.pool.capacity - prompt_tokens, 1)
+        left = limit - prompt_tokens if limit else MOST_TOKENS
         return left if default is None else min(default, left)
 
     # --- generation ----------------------------------------------------------------------------------------------
@@ -209,14 +225,16 @@ class Inference:
             eos_ids=self.tokenizer.eos_ids,
             cache_salt=ask.cache_salt,
         )
-        longest = len(ask.prompt) + ask.sampling.max_tokens
+        most = ask.sampling.max_tokens
+        least = max(ask.sampling.min_tokens, 1) if ask.elastic else most
         tried: list[str] = []
         failure: InfinillmError | None = None
         while True:
             try:
-                place = await self.pool.route(len(ask.prompt), longest, tried)
+                place = await self.pool.route(len(ask.prompt), len(ask.prompt) + least, tried)
             except InfinillmError as error:
                 raise failure or error from None
+            request.sampling.max_tokens = max(least, min(most, place.reach - len(ask.prompt)))
             self.pool.note(ask.request, ask.index, place)
             heard = False
             try:
@@ -233,6 +251,17 @@ class Inference:
                 failure = error
                 tried.append(place.node)
                 log("request_rerouted", request=ask.id, node=place.node, reason=error.message)
+
+
+def choice_seed(seed: int | None, choice: int) -> int | None:
+    """A seed gives each choice another one, within 64 bits."""
+    return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
+
+
+def _decoded(tokenizer: Tokenizer, tokens: Sequence[int], skip_special: bool) -> str:
+    """Token by token: to decode all at once would hold the interpreter, whatever the thread."""
+    pieces = Detokenizer(tokenizer, skip_special)
+    return "".join(pieces.add(token) for token in tokens) + pieces.end()
 
 
 async def _heard(stream: rpc.Stream, node: str) -> AsyncGenerator[Any, None]:

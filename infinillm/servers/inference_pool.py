@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from infinillm import rpc, wire
 from infinillm.core import policy
+from infinillm.core.request import MOST_SEQUENCES
 from infinillm.core.types import Ledger, NodeId, Refused
 from infinillm.errors import BadRequest, DeadlineExceeded, InfinillmError, NotFound, TooLong, Unavailable
 from infinillm.protos import controller_pb2, shard_pb2
@@ -19,6 +21,10 @@ SHARD = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
 ANSWER_SECONDS = 2.0  # the controller and placements answer from memory
 REFRESH_SECONDS = 1.0
 KEPT_REQUESTS = 4096
+MOST_CHOICES = 256  # of one request: prompts times n
+REQUEST_ID = re.compile("(cmpl|chatcmpl|grpc)-[0-9a-f]{32}")
+ASKED_AT_ONCE = 64
+SHOWN_CHARS = 80
 LOST = (Unavailable, DeadlineExceeded)
 
 
@@ -27,6 +33,7 @@ class Place(NamedTuple):
 
     node: NodeId
     address: str
+    reach: int  # tokens of the longest sequence it could come to hold
 
 
 class Pool:
@@ -116,7 +123,7 @@ class Pool:
     # --- where to go ---------------------------------------------------------------------------------------------
 
     async def route(self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId]) -> Place:
-        """The worker for a request. Raises TooLong, Overloaded or Unavailable with the reason."""
+        """The worker for a request of that length. Raises TooLong, Overloaded or Unavailable with the reason."""
         request = controller_pb2.RouteRequest(
             prompt_tokens=prompt_tokens, longest_tokens=longest_tokens, exclude=exclude
         )
@@ -128,7 +135,7 @@ class Pool:
             except LOST:
                 return self._route_alone(prompt_tokens, longest_tokens, exclude, error)
             raise
-        return Place(found.node, found.address)
+        return Place(found.node, found.address, found.max_tokens or self.capacity)
 
     def _route_alone(
         self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId], lost: InfinillmError
@@ -152,7 +159,7 @@ class Pool:
                 node.waiting += 1
                 node.wanted += -(-prompt_tokens // size)
         log("routed_alone", node=chosen, epoch=ledger.epoch)
-        return Place(chosen, ledger.nodes[chosen].address)
+        return Place(chosen, ledger.nodes[chosen].address, chosen_by.reach(ledger, chosen, size))
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -170,16 +177,47 @@ class Pool:
             del self._places[next(iter(self._places))]
 
     async def placement(self, request: str) -> list[tuple[Place, shard_pb2.PlacementResponse]]:
-        """Where each sequence of a request is, or was when it ended. Raises NotFound."""
-        if request not in self._places:
-            raise NotFound(f"no request {request!r} was served here lately", field="id")
-        places = sorted(self._places[request].items())
-        answers = await asyncio.gather(
-            *(
-                self.shard(place.address).Placement(
-                    shard_pb2.PlacementRequest(id=f"{request}-{index}"), timeout=ANSWER_SECONDS
-                )
-                for index, place in places
-            )
+        """Where each sequence of a request is, or was when it ended.
+
+        Every worker is asked where another gateway served it. Raises NotFound where none knows of it, Unavailable or
+        DeadlineExceeded where one that might does not answer.
+        """
+        lost: dict[NodeId, InfinillmError] = {}
+        few = asyncio.Semaphore(ASKED_AT_ONCE)
+
+        async def ask(index: int, place: Place) -> list[tuple[Place, shard_pb2.PlacementResponse]]:
+            question = shard_pb2.PlacementRequest(id=f"{request}-{index}")
+            async with few:
+                if place.node in lost:
+                    return []
+                try:
+                    return [(place, await self.shard(place.address).Placement(question, timeout=ANSWER_SECONDS))]
+                except NotFound:
+                    return []
+                except LOST as error:
+                    lost[place.node] = error
+                    return []
+
+        found: list[tuple[Place, shard_pb2.PlacementResponse]] = []
+        for places in await self._candidates(request):
+            more = [pair for pairs in await asyncio.gather(*(ask(*each) for each in places)) for pair in pairs]
+            if not more:
+                break
+            found += more
+        if not found:
+            nobody = NotFound(f"no request {request[:SHOWN_CHARS]!r} runs here or ended here lately", field="id")
+            raise next(iter(lost.values()), nobody)
+        return found
+
+    async def _candidates(self, request: str) -> Iterable[list[tuple[int, Place]]]:
+        """Which choice of a request may be where, in rounds; a round in which nobody knows of any is the last."""
+        if request in self._places:
+            return [sorted(self._places[request].items())]
+        if not REQUEST_ID.fullmatch(request):
+            return []
+        await self.try_refresh()
+        nodes = [Place(node.id, node.address, 0) for node in self.last.nodes if node.serves] if self.last else []
+        return (
+            [(index, node) for index in range(first, first + MOST_SEQUENCES) for node in nodes]
+            for first in range(0, MOST_CHOICES, MOST_SEQUENCES)
         )
-        return [(place, answer) for (_, place), answer in zip(places, answers, strict=True)]

@@ -3,8 +3,9 @@
 Theory of operation. `told` is what the controller has acknowledged, or None where that is not known: at the start,
 after any failed call (it may have been heard or not), and when the controller says so. With None the next word is
 Join, with all the node knows; else it is a Heartbeat with the difference. So whatever is lost on the way, the next
-success mends it. A node whose incarnation was superseded is silent from then on; any other failure is tried again, and
-never reaches the worker.
+success mends it. Two failures end it, and with it the worker: another process goes by this node's name, or this node
+does not fit the cluster it wanted to join. Once it was a member, the latter too is tried again, like any other failure:
+it may be the controller that is wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import grpc.aio
 
 from infinillm import rpc, wire
 from infinillm.core.ledger import Joined, Left, Lent, Placed, Released, Report, Reported, Returned, changes
-from infinillm.core.types import AttentionShape, Model, NodeId, Refused
-from infinillm.errors import InfinillmError, Stale, Unavailable
+from infinillm.core.types import Model, NodeId, Refused
+from infinillm.errors import BadRequest, InfinillmError, Stale, Unavailable
 from infinillm.protos import controller_pb2 as pb
 from infinillm.telemetry import log
 
@@ -32,21 +33,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries while the control
 NO_HEARTBEAT = 0.5  # until a controller has said otherwise
 
 
+class Superseded(Stale):
+    """A process that was started later goes by this node's name."""
+
+
 class Membership:
     """See the theory of operation above. `report` gives the node's books as they are now, taken in one go."""
 
-    def __init__(
-        self,
-        controller: str,
-        report: Callable[[], Report],
-        *,
-        model_name: str,
-        shape: AttentionShape,
-        max_position: int,
-        revision: str = "",
-    ):
-        self.address, self.report = controller, report
-        self.model = Model(model_name, shape, max_position, revision)
+    def __init__(self, controller: str, report: Callable[[], Report], model: Model):
+        self.address, self.report, self.model = controller, report, model
         self.told: Report | None = None
         self.epoch = 0
         self.heartbeat_seconds = NO_HEARTBEAT
@@ -57,13 +52,19 @@ class Membership:
         self._lost = False
 
     async def run(self) -> None:
-        """Join and beat until `leave`; a failure is a pause, not an end."""
+        """Join and beat until `leave`. Raises Superseded, or BadRequest where a first Join is refused."""
         pause = FIRST_PAUSE
         while not self._over.is_set():
             try:
                 await self._speak()
                 wait, pause = self.heartbeat_seconds, FIRST_PAUSE
+            except Superseded as error:
+                log("superseded", controller=self.address, reason=error.message)
+                raise
             except InfinillmError as error:
+                if isinstance(error, BadRequest) and not self.epoch:
+                    log("join_refused", controller=self.address, reason=error.message)
+                    raise
                 self._fail(error)
                 wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
             except Exception as defect:  # noqa: BLE001 a worker does not end because its controller confuses it
@@ -74,7 +75,8 @@ class Membership:
     async def creditors(self, blocks: int) -> list[tuple[NodeId, str, int]] | Refused:
         """Who could lend: (node, address, blocks), best first."""
         self.max_tokens = 0
-        request = pb.CreditorsRequest(node=self.report().node.id, blocks=blocks)
+        node = self.report().node
+        request = pb.CreditorsRequest(node=node.id, incarnation=node.incarnation, blocks=blocks)
         try:
             answer = await self._client().Creditors(request, timeout=ANSWER_SECONDS)
         except InfinillmError as error:
@@ -155,9 +157,8 @@ class Membership:
         )
         try:
             answer = await self._client().Join(request, timeout=ANSWER_SECONDS)
-        except Stale:
-            self._over.set()
-            raise
+        except Stale as stale:
+            raise Superseded(stale.message) from None
         self.epoch, self.heartbeat_seconds = answer.epoch, answer.heartbeat_seconds
         log("member", controller=self.address, epoch=self.epoch, policy=answer.policy)
 
@@ -166,9 +167,7 @@ class Membership:
             await asyncio.wait_for(self._over.wait(), seconds)
 
     def _fail(self, error: InfinillmError) -> None:
-        if self._over.is_set():
-            log("superseded", controller=self.address, reason=error.message)
-        elif not self._lost:
+        if not self._lost:
             log("controller_lost", controller=self.address, reason=error.message)
         self._lost = True
 

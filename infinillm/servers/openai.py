@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -44,11 +45,11 @@ class Api:
         prompts = [
             tuple(await self._inference.encode(prompt, special))
             if isinstance(prompt, str)
-            else self._inference.check_tokens(prompt)
+            else self._inference.check_tokens(prompt, "prompt")
             for prompt in asked.prompt
         ]
         echoed = [
-            prompt if isinstance(prompt, str) else self._inference.tokenizer.decode(prompt)
+            prompt if isinstance(prompt, str) else await self._inference.decode(prompt, skip_special=True)
             for prompt in (asked.prompt if asked.echo else ())
         ]
         scored = [asked.prompt_logprobs, asked.logprobs if asked.echo else None]
@@ -58,7 +59,8 @@ class Api:
             asked,
             head,
             prompts,
-            [await self._inference.room(len(prompt), asked.max_tokens, DEFAULT_TOKENS, fields) for prompt in prompts],
+            [self._inference.room(len(prompt), asked.max_tokens, DEFAULT_TOKENS, fields) for prompt in prompts],
+            elastic=asked.max_tokens is None,
             logprobs=asked.logprobs,
             prompt_logprobs=max((count for count in scored if count is not None), default=None),
         )
@@ -86,7 +88,8 @@ class Api:
             asked,
             head,
             [prompt],
-            [await self._inference.room(len(prompt), wanted, None, ("messages", name))],
+            [self._inference.room(len(prompt), wanted, None, ("messages", name))],
+            elastic=wanted is None,
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
         )
@@ -108,6 +111,7 @@ class Api:
         prompts: Sequence[tuple[int, ...]],
         lengths: Sequence[int],
         *,
+        elastic: bool,
         logprobs: int | None,
         prompt_logprobs: int | None,
     ) -> list[Ask]:
@@ -119,6 +123,7 @@ class Api:
                 index=at * n + choice,
                 prompt=prompt,
                 sampling=asked.sampling(length, logprobs=logprobs, prompt_logprobs=prompt_logprobs, choice=choice),
+                elastic=elastic,
                 stop=asked.stops,
                 include_stop=bool(asked.include_stop_str_in_output),
                 skip_special=asked.skip_special_tokens is not False,
@@ -143,7 +148,9 @@ class Api:
         try:
             if not asked.stream:
                 pieces = await gathered(request, answers, usage, len(asks), n)
-                return JSONResponse({**reply.whole(pieces), "usage": usage.body()}, headers=headers)
+                scored = any(piece.prompt_logprobs for piece in pieces)
+                body = await asyncio.to_thread(reply.whole, pieces) if scored else reply.whole(pieces)
+                return JSONResponse({**body, "usage": usage.body()}, headers=headers)
             stream = EventStream(
                 answers,
                 reply,
@@ -189,17 +196,15 @@ class Api:
         else:
             assert asked.prompt is not None
             tokens = await self._inference.encode(asked.prompt, asked.add_special_tokens is not False)
-        spelled = [self._inference.tokenizer.token_text(token) for token in tokens] if asked.return_token_strs else None
+        spelled = await self._inference.spell(tokens) if asked.return_token_strs else None
         longest = self._pool.capacity
         return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens, "token_strs": spelled})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens, special ones spelled out."""
         asked: DetokenizeRequest = await self._read(request, DetokenizeRequest)
-        size = self._inference.tokenizer.vocab_size
-        if any(not 0 <= token < size for token in asked.tokens):
-            raise BadRequest(f"tokens has ids outside the vocabulary of {size}", field="tokens")
-        return JSONResponse({"prompt": self._inference.tokenizer.decode(asked.tokens, skip_special=False)})
+        tokens = self._inference.check_tokens(asked.tokens, "tokens")
+        return JSONResponse({"prompt": await self._inference.decode(tokens, skip_special=False)})
 
     # --- what is there -------------------------------------------------------------------------------------------
 

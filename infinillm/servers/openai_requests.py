@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from infinillm import wire
 from infinillm.core.request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STOP_TOKENS, Sampling
 from infinillm.errors import BadRequest
-from infinillm.servers.inference import MOST_STOP_CHARS, MOST_STOP_STRINGS
+from infinillm.servers.inference import MOST_SALT_CHARS, MOST_STOP_CHARS, MOST_STOP_STRINGS, choice_seed
+from infinillm.servers.inference_pool import MOST_CHOICES
 
 MOST_PROMPTS = 256
-MOST_CHOICES = 256  # of one request: prompts times n
 MOST_MESSAGES = 65536
 
 # Fields we do not honour, and the values of them that ask for nothing.
@@ -118,7 +119,7 @@ class Asked(BaseModel):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MOST_SALT_CHARS)] | None = None
     user: str | None = None
 
     def check(self) -> None:
@@ -147,29 +148,14 @@ class Asked(BaseModel):
 
     def sampling(self, max_tokens: int, *, logprobs: int | None, prompt_logprobs: int | None, choice: int) -> Sampling:
         """How to sample the choice of this number; a seed gives each choice another one."""
-        given = {
-            name: value
-            for name in (
-                "min_tokens",
-                "temperature",
-                "top_k",
-                "top_p",
-                "min_p",
-                "repetition_penalty",
-                "presence_penalty",
-                "frequency_penalty",
-                "ignore_eos",
-            )
-            if (value := getattr(self, name)) is not None
-        }
+        given = {name: value for name in wire.SAMPLING_NUMBERS if (value := getattr(self, name)) is not None}
         return Sampling(
-            max_tokens=max_tokens,
-            seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
+            **{**given, "max_tokens": max_tokens},
+            seed=choice_seed(self.seed, choice),
             logit_bias=_biases(self.logit_bias or {}),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            **given,
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -136,7 +137,8 @@ class EventStream(StreamingResponse):
                 index, piece = said
                 self._usage.count(index, piece, self._n)
                 if self._reply.shows(piece):
-                    yield self._event(self._reply.chunk(index, piece))
+                    chunk = partial(self._reply.chunk, index, piece)
+                    yield self._event(await asyncio.to_thread(chunk) if piece.prompt_logprobs else chunk())
                 said = await self._answers.next()
             if self._usage_last:
                 yield _data({**self._reply.empty(), "usage": self._usage.body()})

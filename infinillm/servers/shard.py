@@ -13,7 +13,7 @@ from infinillm.core.request import Request
 from infinillm.core.types import SeqId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Cancel, Output, Submit
-from infinillm.errors import BadRequest, NotFound, Unavailable
+from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, Unavailable
 from infinillm.model import sampler
 from infinillm.protos import shard_pb2 as pb
 
@@ -23,8 +23,16 @@ SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
 class ShardService:
     """Tokens in, tokens out: the gRPC face of an engine."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, vocabulary: int, block_size: int):
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        vocabulary: int,
+        block_size: int,
+        max_waiting: int,
+    ):
         self.engine, self.loop, self.vocabulary, self.block_size = engine, loop, vocabulary, block_size
+        self.max_waiting = max_waiting
         self.streams: dict[SeqId, asyncio.Queue[Output]] = {}
         self.draining = False
 
@@ -38,11 +46,19 @@ class ShardService:
             if (stream := self.streams.get(output.id)) is not None:
                 stream.put_nowait(output)
 
+    def fail(self, error: InfinillmError) -> None:
+        """End everything that runs, at once, with this error."""
+        self._deliver([Output(name, error=error) for name in self.streams])
+
     async def Generate(self, request: pb.ShardGenerateRequest, call: Any) -> AsyncIterator[pb.ShardGenerateResponse]:
         if self.draining:
             raise Unavailable("the worker is draining")
         if not self.engine.alive:
             raise Unavailable("the engine is not running")
+        running = self.engine.load.running
+        if (waiting := len(self.streams) - running) >= self.max_waiting:
+            most = f"at most {self.max_waiting:,} may wait (--max-waiting)"
+            raise Overloaded(f"{waiting:,} requests wait at this worker and {running:,} run; {most}")
         if not request.id or request.id in self.streams:
             raise BadRequest(f"id {request.id!r} is empty or in use", field="id")
         prompt = tuple(request.prompt)

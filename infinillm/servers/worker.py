@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import platform
 import secrets
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +17,11 @@ from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
-from infinillm.core.types import Layout, Loan, Node, Refused, SeqId
+from infinillm.core.types import Layout, Loan, Model, Node, Refused, SeqId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed
 from infinillm.engine.runner import Runner
-from infinillm.errors import BadRequest, Broken, InfinillmError
+from infinillm.errors import BadRequest, Broken, InfinillmError, Unavailable
 from infinillm.kernels import bodies
 from infinillm.model import files, weights
 from infinillm.model.decoder import Decoder
@@ -32,6 +30,7 @@ from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.servers.membership import Membership, Report
+from infinillm.servers.process import Told, ready, say
 from infinillm.servers.shard import SHARD, ShardService
 from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes
@@ -46,7 +45,9 @@ class Worker:
 
     def __init__(self, settings: config.Worker):
         self.settings = settings
-        self.incarnation = secrets.token_hex(8)
+        word = secrets.token_hex(4)
+        self.incarnation = f"{time.time_ns():016x}-{word}"  # in the order of starts
+        self.id = settings.id or f"{platform.node()}-{word}"
         self.address = ""
         self.draining = False
 
@@ -60,15 +61,16 @@ class Worker:
         if device.type == "cpu":
             torch.set_num_threads(settings.threads)
         body = bodies.body(device, cache)
-        path = await asyncio.to_thread(files.resolve, settings.model or None, cache, _say)
+        path = await asyncio.to_thread(files.resolve, settings.model or None, cache, say)
         spec = spec_of(weights.read_config(path), settings.max_model_len or None)
         dtype = dtype_of(spec, settings.dtype)
         shape = spec.attention(settings.block_size, dtype)
-        name = files.served_name(settings.model or None)
+        longest = settings.max_model_len or spec.context
+        revision = await asyncio.to_thread(files.revision, path)
+        model = Model(files.served_name(settings.model or None), shape, spec.context, longest, revision)
         count = settings.kv_blocks or int(settings.kv_memory_gib * 2**30) // shape.block_bytes
         if count < 1:
             raise BadRequest(f"kv_memory_gib {settings.kv_memory_gib} holds no block", field="kv_memory_gib")
-        self.id = settings.id or f"{platform.node()}-{self.incarnation[:6]}"
         lendable = count if settings.memory_only else int(count * settings.lend_fraction)
         self.memory = Memory(Blocks(self.id, count, settings.block_size, lendable), Store(shape, count, device, body))
         self.metrics = Metrics("worker", node=self.id)
@@ -87,7 +89,7 @@ class Worker:
         self.pool = PoolService(
             self.memory,
             describe=self.node,
-            model=name,
+            model=model.name,
             lanes=self.lanes,
             port_kind=kind,
             patience=settings.patience_seconds,
@@ -110,15 +112,13 @@ class Worker:
                 borrow=self._borrow,
                 metrics=self.metrics,
             )
-            self.shard = ShardService(self.engine, self.loop, spec.vocab, settings.block_size)
+            self.shard = ShardService(self.engine, self.loop, spec.vocab, settings.block_size, settings.max_waiting)
             services.append((SHARD, self.shard))
         self.server = rpc.Server(settings.host, settings.port, services, extra_handlers=[self.lanes.service()])
         port = await self.server.start()
         self.address = self.lanes.address = settings.advertise or f"{settings.host}:{port}"
         self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
-        self.membership = Membership(
-            settings.controller, self.report, model_name=name, shape=shape, max_position=spec.context
-        )
+        self.membership = Membership(settings.controller, self.report, model)
         self.tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._tidy())]
         if settings.controller:
             self.tasks.append(asyncio.create_task(self.membership.run()))
@@ -126,12 +126,17 @@ class Worker:
             self.engine.start()
         self.server.set_ready(True)
 
-    async def stop(self) -> None:
-        """Drain: take nothing new, let running requests end, give everything back."""
+    async def stop(self, failure: BaseException | None = None) -> None:
+        """Drain: take nothing new, let running requests end, give everything back.
+
+        After a `failure` (a process started later goes by our name, say) they end at once, and are told why.
+        """
         self.draining = self.pool.draining = True
         self.server.set_ready(False)
         if self.shard is not None and self.engine is not None:
             self.shard.draining = True
+            if failure is not None:
+                self.shard.fail(Unavailable(f"{self.id} ends: {failure}"))
             deadline = time.monotonic() + DRAIN_SECONDS
             while self.shard.streams and self.engine.alive and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
@@ -240,28 +245,17 @@ class Worker:
 
 
 def _load(path: Path, dtype: str, device: torch.device, body: Any, longest: int | None) -> Decoder:
-    spec, tensors = weights.load(path, dtype, device, _say, longest)
+    spec, tensors = weights.load(path, dtype, device, say, longest)
     return Decoder(spec, tensors, device, getattr(torch, dtype), body)
-
-
-def _say(what: str, share: float) -> None:
-    if share in (0.0, 1.0):
-        log("loading", what=what, done=share)
 
 
 async def run(settings: config.Worker) -> None:
     """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly."""
-    worker = Worker(settings)
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+    worker, told = Worker(settings), Told()
     await worker.start()
     metrics = f"{settings.host}:{worker.metrics_port}" if worker.metrics_port >= 0 else ""
-    print(json.dumps({"ready": "worker", "id": worker.id, "address": worker.address, "metrics": metrics}), flush=True)
-    waits = [asyncio.create_task(ended.wait()), worker.tasks[0]]
-    done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    await worker.stop()
-    for task in done:
-        if (failure := task.exception() if not task.cancelled() else None) is not None:
-            raise failure
+    ready("worker", id=worker.id, address=worker.address, metrics=metrics)
+    failure = await told.or_ended(worker.tasks)
+    await worker.stop(failure)
+    if failure is not None:
+        raise failure

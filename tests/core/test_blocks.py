@@ -33,7 +33,7 @@ def test_growth_is_refused_whole():
 
 def test_what_is_lent_is_no_longer_room_and_never_missing():
     b = books()
-    assert isinstance(b.lend("x", 5, until=10.0), Loan)
+    assert isinstance(b.lend("x", 5, 10.0, "1"), Loan)
     assert b.room == 3
     assert isinstance(b.grow("mine", 0, 4), Refused)
     assert b.grow("mine", 0, 3) is None
@@ -48,50 +48,61 @@ def test_what_is_lent_is_no_longer_room_and_never_missing():
 
 def test_lending_knows_its_cap_its_room_and_itself():
     b = books(count=8, lendable=4)
-    assert isinstance(b.lend("a", 1, 1.0), Refused)
-    assert isinstance(b.lend("x", 5, 1.0), Refused)
-    assert isinstance(b.lend("x", 0, 1.0), Refused)
+    assert isinstance(b.lend("a", 1, 1.0, "1"), Refused)
+    assert isinstance(b.lend("x", 5, 1.0, "1"), Refused)
+    assert isinstance(b.lend("x", 0, 1.0, "1"), Refused)
     b.grow("mine", 0, 6)
-    assert isinstance(b.lend("x", 3, 1.0), Refused)
-    assert isinstance(b.lend("x", 2, 1.0), Loan)
+    assert isinstance(b.lend("x", 3, 1.0, "1"), Refused)
+    assert isinstance(b.lend("x", 2, 1.0, "1"), Loan)
 
 
 def test_lending_again_makes_the_one_loan_larger():
     b = books()
-    b.lend("x", 2, 5.0)
-    loan = b.lend("x", 3, 4.0)
-    assert (loan.blocks, loan.until) == (5, 5.0) and len(b.loans) == 1
+    b.lend("x", 2, 5.0, "1")
+    loan = b.lend("x", 3, 4.0, "2")
+    assert (loan.id, loan.blocks, loan.until) == ("1", 5, 5.0) and len(b.loans) == 1
 
 
 def test_a_loan_lapses_with_what_it_held_unless_renewed():
     b = books()
-    b.lend("x", 4, until=10.0)
+    b.lend("x", 4, 10.0, "1")
     b.grow("theirs", 0, 2, "x")
-    assert b.expire(9.9) == []
-    b.renew("x", 12.0)
-    b.renew("x", 11.0)  # never shortened
-    assert b.expire(11.5) == []
-    assert [loan.borrower for loan in b.expire(12.0)] == ["x"]
+    assert b.due(9.9) == []
+    b.renew("1", 12.0)
+    b.renew("1", 11.0)  # never shortened
+    assert b.due(11.5) == []
+    assert [loan.borrower for loan in b.due(12.0)] == ["x"]
+    b.give_back("x")
     assert b.room == 8 and b.holding("theirs", "x") is None
-    assert not b.renew("x", 99.0)
     b.check()
+
+
+def test_a_word_about_a_loan_that_is_over_changes_nothing():
+    b = books()
+    b.lend("x", 4, 10.0, "1")
+    b.give_back("x")
+    assert b.loan("1") is None and not b.renew("1", 99.0)
+    b.lend("x", 2, 20.0, "2")
+    assert not b.renew("1", 99.0)
+    b.doubt("1", 5.0)
+    assert b.loan("1") is None and b.loan("2") == Loan("2", "a", "x", 2, 20.0)
 
 
 def test_a_loan_whose_borrower_fell_silent_ends_sooner_unless_it_is_heard_again():
     b = books()
-    b.lend("x", 4, until=10.0)
-    b.doubt("x", 99.0)  # never longer
-    b.doubt("x", 5.0)
-    b.renew("x", 12.0)
-    assert b.expire(11.0) == []
-    b.doubt("x", 11.5)
-    b.doubt("nobody", 1.0)
-    assert [loan.borrower for loan in b.expire(11.5)] == ["x"]
+    b.lend("x", 4, 10.0, "1")
+    b.doubt("1", 99.0)  # never longer
+    b.doubt("1", 5.0)
+    b.renew("1", 12.0)
+    assert b.due(11.0) == []
+    b.doubt("1", 11.5)
+    b.doubt("no such loan", 1.0)
+    assert [loan.borrower for loan in b.due(11.5)] == ["x"]
 
 
 def test_only_the_unused_part_of_a_loan_comes_back_early():
     b = books()
-    b.lend("x", 5, 1.0)
+    b.lend("x", 5, 1.0, "1")
     b.grow("theirs", 0, 2, "x")
     assert b.give_back("x", 4) == 3
     assert b.loans["x"].blocks == 2
@@ -112,10 +123,6 @@ def test_full_blocks_are_shared_by_prefix_and_evicted_last_used_first():
     assert (b.cached, b.room, b.match(names)) == (2, 4, (2, 2))
     b.grow("three", 0, 3)  # evicts the end of the prefix before its beginning
     assert b.match(names) == (1, 1)
-    b.check()
-    b.release("three")
-    b.forget_prefixes()
-    assert b.cached == 0 and b.match(names) == (0, 0)
     b.check()
 
 
@@ -177,11 +184,12 @@ def test_the_books_balance_after_anything(operations):
                 b.release(seq, owner)
                 ends.pop((owner, seq), None)
             case "lend":
-                b.lend(owner, number, clock + 20.0)
+                b.lend(owner, number, clock + 20.0, f"{clock}")
             case "return":
                 b.give_back(owner, number or None)
             case "expire":
-                b.expire(float(number))
+                for loan in b.due(float(number)):
+                    b.give_back(loan.borrower)
             case "seal":
                 b.seal(seq, number * 4, names[number])
             case "share":

@@ -119,7 +119,9 @@ class Cluster(RuleBasedStateMachine):
             assert lender != name
             assert 0 < offered <= min(known.free, known.lendable - known.lent)
             asked = min(offered, blocks)
-            if lender in self.alive and isinstance(self.of(lender).blocks.lend(name, asked, self.clock + 10), Loan):
+            self.count += 1
+            until, id = self.clock + 10, f"{lender}>{name}#{self.count}"
+            if lender in self.alive and isinstance(self.of(lender).blocks.lend(name, asked, until, id), Loan):
                 self.spread(name, lender, asked)
                 return
 
@@ -139,7 +141,8 @@ class Cluster(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.clock += seconds
         for machine in self.machines.values():
-            machine.blocks.expire(self.clock)
+            for loan in machine.blocks.due(self.clock):
+                machine.blocks.give_back(loan.borrower)
 
     @rule(what=st.sampled_from(("die", "silence", "doubt", "start", "restart")), name=st.sampled_from(NAMES))
     def upset(self, what: str, name: str) -> None:

@@ -81,7 +81,7 @@ def test_a_hole_at_the_beginning_of_a_sequence_is_given_a_place_before_it_is_com
     want = tiny.oracle(tiny.model("llama"), tiny.prompt(LENGTH), OUTPUT)[0]
     with Cluster(decoder("llama"), {"a": 8, "b": 12, "c": 12, "d": 12}, patience=2.0, share=False) as cluster:
         books = cluster.home.memory.blocks
-        books.lend("stranger", books.room, float("inf"))
+        books.lend("stranger", books.room, float("inf"), "a loan")
         cluster.lend("b", 12)
         cluster.lend("c", 12)
         cluster.submit(tiny.prompt(LENGTH), max_tokens=OUTPUT)

@@ -325,7 +325,7 @@ def test_a_worker_does_not_believe_everything(shared: Cluster) -> None:
         for method, request in (
             ("Lend", lend(blocks=1)),
             ("Lend", lend(borrower="x", blocks=1)),
-            ("OpenPort", open_port(borrower="x", borrower_incarnation="1")),
+            ("OpenPort", open_port(loan="no such loan")),
         ):
             with pytest.raises(BadRequest) as named:
                 getattr(node, method)(request, timeout=5.0)

@@ -23,7 +23,7 @@ def _somebody_borrows(cluster: Cluster) -> None:
     def lend() -> None:
         with memory.lock:
             if memory.blocks.room:
-                memory.blocks.lend("stranger", memory.blocks.room, float("inf"))
+                memory.blocks.lend("stranger", memory.blocks.room, float("inf"), "a loan")
 
     intruder = threading.Thread(target=lend)
     intruder.start()

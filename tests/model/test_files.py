@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from infinillm.errors import BadRequest, Unavailable
 from infinillm.model import files, gguf
-from infinillm.model.files import Progress, resolve, served_name
+from infinillm.model.files import Progress, resolve, revision, served_name
 from tests import tiny
 
 
@@ -169,3 +169,21 @@ def test_served_names(tmp_path: Path) -> None:
     assert served_name("/x/model.Q4.gguf") == "model.Q4"
     assert served_name(str(tmp_path)) == tmp_path.name
     assert served_name("org/model") == "org/model"
+
+
+def test_a_revision_is_that_of_config_and_weights(tmp_path: Path) -> None:
+    def folder(name: str, weights: bytes, **config: Any) -> Path:
+        (path := tmp_path / name).mkdir()
+        (path / "config.json").write_text(json.dumps({"hidden_size": 8, **config}))
+        (path / "model.safetensors").write_bytes(b"x" * (1 << 17) + weights)
+        (path / "tokenizer.json").write_text(name)
+        return path
+
+    first = revision(folder("first", b"one"))
+    assert first == revision(folder("copy", b"one", transformers_version="5", _name_or_path="elsewhere"))
+    others = {
+        revision(folder("w", b"two")),
+        revision(folder("l", b"one more")),
+        revision(folder("c", b"one", layers=2)),
+    }
+    assert len(others | {first}) == 4

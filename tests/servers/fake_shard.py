@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +51,7 @@ class FakeShard:
 
     def __init__(self, id: str):
         self.id, self.address = id, ""
+        self.placements = 0  # asked for
         self.eos = tiny.tokenizer().eos_token_id
         self.size = len(tiny.tokenizer())
         self.asked: list[shard_pb2.ShardGenerateRequest] = []
@@ -124,6 +127,7 @@ class FakeShard:
                 await self.release.wait()
 
     async def Placement(self, request: Any, call: Any) -> shard_pb2.PlacementResponse:
+        self.placements += 1
         if request.id not in self.ended:
             raise NotFound("no such request", field="id")
         spans = [types_pb2.Span(node=self.id, start=0, stop=16), types_pb2.Span(node="other", start=16, stop=20)]
@@ -142,6 +146,7 @@ class FakeController:
         self.routed: list[controller_pb2.RouteRequest] = []
         self.refusal: InfinillmError | None = None
         self.serves = True
+        self.tells = True  # how long a request the worker it names could hold
         self.turn = 0
 
     async def Route(self, request: Any, call: Any) -> controller_pb2.RouteResponse:
@@ -155,7 +160,8 @@ class FakeController:
             raise Unavailable("no worker is ready to serve")
         self.turn += 1
         shard = left[self.turn % len(left)]
-        return controller_pb2.RouteResponse(node=shard.id, address=shard.address)
+        reach = self.max_tokens if self.tells else 0
+        return controller_pb2.RouteResponse(node=shard.id, address=shard.address, max_tokens=reach)
 
     async def Snapshot(self, request: Any, call: Any) -> controller_pb2.SnapshotResponse:
         shape = types_pb2.AttentionShape(
@@ -280,6 +286,18 @@ class Site:
     @property
     def asked(self) -> list[Any]:
         return [request for shard in self.shards for request in shard.asked]
+
+
+@contextmanager
+def unreachable(shard: FakeShard) -> Iterator[None]:
+    """What is told of this shard is an address at which nobody listens."""
+    with socket.socket() as nobody:
+        nobody.bind((LOCALHOST, 0))
+        there, shard.address = shard.address, f"{LOCALHOST}:{nobody.getsockname()[1]}"
+        try:
+            yield
+        finally:
+            shard.address = there
 
 
 def sites(folder: Path) -> Iterator[Site]:

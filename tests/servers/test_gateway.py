@@ -1,4 +1,4 @@
-"""The gateway among failing workers, leaving clients and an absent controller; its gRPC face; its end."""
+"""The gateway among failing workers, leaving clients and an absent controller; its end."""
 
 import asyncio
 import json
@@ -11,21 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import openai
 import pytest
-from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from infinillm import rpc
-from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, TooLong, Unavailable
+from infinillm.errors import BadRequest, InfinillmError, Overloaded, TooLong, Unavailable
 from infinillm.protos import inference_pb2 as pb
 from infinillm.servers import gateway, inference
 from infinillm.servers.inference_pool import Pool
 from infinillm.servers.inference_service import INFERENCE
-from tests.servers.fake_shard import CONTROLLER, LOCALHOST, MODEL, TEXT, WAIT_SECONDS, Site, encode, settings, sites
+from tests.servers.fake_shard import (
+    CONTROLLER,
+    LOCALHOST,
+    MODEL,
+    TEXT,
+    WAIT_SECONDS,
+    Site,
+    encode,
+    settings,
+    sites,
+    unreachable,
+)
 
 ASKED: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 200}
 PATH = "/v1/completions"
@@ -174,13 +181,8 @@ async def _recover(site: Site, index: int) -> None:
 
 
 def test_a_worker_that_is_not_there_is_replaced(site: Site) -> None:
-    with socket.socket() as nobody:
-        nobody.bind((LOCALHOST, 0))
-        there, site.shards[1].address = site.shards[1].address, f"{LOCALHOST}:{nobody.getsockname()[1]}"
-        try:
-            answers = [site.http.post(PATH, json=ASKED).status_code for _ in range(2)]
-        finally:
-            site.shards[1].address = there
+    with unreachable(site.shards[1]):
+        answers = [site.http.post(PATH, json=ASKED).status_code for _ in range(2)]
     assert answers == [200, 200]
 
 
@@ -274,106 +276,6 @@ def test_without_any_snapshot_nothing_is_routed(site: Site) -> None:
         assert site.http.post(PATH, json=ASKED).status_code == 503
     finally:
         site.gateway.pool.last = last
-
-
-# --- gRPC -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def channel(site: Site) -> Iterator[grpc.Channel]:
-    with rpc.blocking_channel(site.gateway.grpc_address) as channel:
-        yield channel
-
-
-@pytest.fixture(scope="module")
-def client(channel: grpc.Channel) -> Any:
-    return rpc.BlockingClient(channel, INFERENCE)
-
-
-def test_generate_over_grpc(site: Site, client: Any) -> None:
-    site.change(cached=1)
-    parameters = pb.GenerateParameters(
-        max_tokens=200, temperature=0, stop=["🦊"], logprobs=1, logit_bias={5: -100}, stop_token_ids=[3], seed=4
-    )
-    answers = list(client.Generate(pb.GenerateRequest(text="Hi", parameters=parameters)))
-    assert "".join(answer.text for answer in answers) == TEXT.partition("🦊")[0]
-    assert [answer.finish_reason for answer in answers] == [*[""] * (len(answers) - 1), "stop"]
-    tokens = [token for answer in answers for token in answer.tokens]
-    assert tokens == encode(TEXT)[: len(tokens)]
-    last = answers[-1]
-    assert (last.prompt_tokens, last.completion_tokens, last.cached_tokens) == (len(encode("Hi")), len(tokens), 1)
-    assert [value.token for answer in answers for value in answer.logprobs] == tokens
-    sampling = site.asked[0].sampling
-    assert (sampling.temperature, sampling.seed, dict(sampling.logit_bias)) == (0, 4, {5: -100.0})
-
-
-def test_grpc_defaults_are_those_of_openai(site: Site, client: Any) -> None:
-    list(client.Generate(pb.GenerateRequest(model=MODEL, tokens=pb.TokenIds(ids=[5, 6]))))
-    sampling = site.asked[0].sampling
-    assert (sampling.max_tokens, sampling.temperature, sampling.HasField("seed")) == (16, 1.0, False)
-    assert list(site.asked[0].prompt) == [5, 6]
-
-
-@pytest.mark.parametrize(
-    ("request_", "field"),
-    [
-        (pb.GenerateRequest(), "prompt"),
-        (pb.GenerateRequest(text=""), "prompt"),
-        (pb.GenerateRequest(tokens=pb.TokenIds(ids=[10**6])), "prompt"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(temperature=-1)), "temperature"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(temperature=float("nan"))), "temperature"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(top_p=2)), "top_p"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(stop=[""])), "stop"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(stop=["a"] * 17)), "stop"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(logprobs=21)), "logprobs"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(logit_bias={1: 1000})), "logit_bias"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(logit_bias={10**6: 1})), "logit_bias"),
-        (pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(stop_token_ids=[2**32 - 1])), "stop_token_ids"),
-    ],
-)
-def test_bad_input_over_grpc(site: Site, client: Any, request_: Any, field: str) -> None:
-    with pytest.raises(BadRequest) as caught:
-        list(client.Generate(request_))
-    assert caught.value.field == field
-    assert not site.asked
-
-
-def test_other_refusals_over_grpc(site: Site, client: Any) -> None:
-    with pytest.raises(NotFound):
-        list(client.Generate(pb.GenerateRequest(model="gpt", text="a")))
-    with pytest.raises(TooLong):
-        list(client.Generate(pb.GenerateRequest(text="a", parameters=pb.GenerateParameters(max_tokens=600))))
-    assert 'infinillm_refusals_total{reason="not_found"}' in site.gateway.metrics.exposition().decode()
-
-
-def test_malformed_protobuf(site: Site, channel: grpc.Channel, client: Any) -> None:
-    raw = channel.unary_stream(f"/{INFERENCE.full_name}/Generate")
-    with pytest.raises(grpc.RpcError) as caught:
-        list(raw(b"\xff\xff\xff", timeout=WAIT_SECONDS))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "".join(answer.text for answer in client.Generate(pb.GenerateRequest(text="a")))
-
-
-def test_leaving_over_grpc_cancels(site: Site, client: Any) -> None:
-    site.change(hold_after=2)
-    stream = client.Generate(pb.GenerateRequest(text="a"))
-    next(stream)
-    stream.cancel()
-    site.until(lambda: list(site.ended.values()) == ["cancelled"])
-
-
-def test_models_health_and_reflection(site: Site, channel: grpc.Channel, client: Any) -> None:
-    (card,) = client.ListModels(pb.ListModelsRequest(), timeout=WAIT_SECONDS).models
-    assert (card.id, card.max_tokens) == (MODEL, 500)
-    health = rpc.BlockingClient(channel, rpc.HEALTH)
-
-    watch = health.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=WAIT_SECONDS)
-    assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
-    watch.cancel()
-    names = ProtoReflectionDescriptorDatabase(channel).get_services()
-    assert INFERENCE.full_name in names
-    found = DescriptorPool(ProtoReflectionDescriptorDatabase(channel)).FindServiceByName(INFERENCE.full_name)
-    assert [method.name for method in found.methods] == ["Generate", "ListModels"]
 
 
 # --- the process ----------------------------------------------------------------------------------------------------

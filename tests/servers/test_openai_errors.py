@@ -101,7 +101,9 @@ BAD = [
     ({"use_beam_search": True}, "use_beam_search"),
     ({"guided_json": {"type": "object"}}, "guided_json"),
     ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "a" * 1025}, "cache_salt"),
     ({"model": 5}, "model"),
+    ({"model": "m" * 257}, "model"),
 ]
 
 
@@ -214,6 +216,8 @@ def test_unknown_models(site: Site) -> None:
         assert error["code"] == "model_not_found"
         assert MODEL in error["message"]
     refused(site.http.get("/v1/models/org/other"), 404, "model")
+    error = refused(site.http.get(f"/v1/models/{'m' * 5000}"), 400, "model")
+    assert len(error["message"]) < 100
 
 
 def test_unknown_routes_and_methods(site: Site) -> None:
@@ -221,7 +225,7 @@ def test_unknown_routes_and_methods(site: Site) -> None:
     refused(site.http.get("/v1/completions"), 405, None)
 
 
-@pytest.mark.parametrize("tokens", [[], [-1], [10**6], "x", None])
+@pytest.mark.parametrize("tokens", [[], [-1], [10**6], [5] * 1001, "x", None])
 def test_bad_tokens(site: Site, tokens: Any) -> None:
     answer = site.http.post("/detokenize", json={"tokens": tokens})
     if tokens == []:
@@ -269,6 +273,15 @@ def test_no_room_now(site: Site) -> None:
     assert 'infinillm_refusals_total{reason="overloaded"} 2.0' in site.http.get("/metrics").text
 
 
+def test_workers_with_full_queues(site: Site) -> None:
+    site.change(fail_after=0, failure=Overloaded("9 requests wait at this worker and 4 run; at most 9 may wait"))
+    answer = site.http.post("/v1/completions", json=GOOD)
+    assert "9 requests wait" in refused(answer, 429, None)["message"]
+    assert answer.headers["retry-after"] == "1"
+    assert all(shard.asked for shard in site.shards)  # each was asked before the client heard of it
+    site.reset()
+
+
 def test_nobody_to_serve(site: Site) -> None:
     site.controller.refusal = Unavailable("no worker is ready to serve")
     answer = site.http.post("/v1/completions", json=GOOD)
@@ -281,3 +294,28 @@ def test_the_default_length_follows_a_pool_that_grew(site: Site) -> None:
     site.controller.max_tokens = 520  # and the last snapshot says 500
     answer = site.http.post("/v1/completions", json={"model": MODEL, "prompt": [5] * 495})
     assert answer.json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_default_length_follows_a_pool_that_shrank(site: Site, tells: bool) -> None:
+    site.controller.tells = tells
+    site.controller.max_tokens = 60  # and the last snapshot says 500
+    prompt = {"messages": [{"role": "user", "content": "Hi"}], "model": MODEL}
+    answer = site.http.post("/v1/chat/completions", json={**prompt, "ignore_eos": True, "min_tokens": 3})
+    assert answer.status_code == 200
+    assert site.controller.routed[-1].longest_tokens == site.controller.routed[-1].prompt_tokens + 3
+    if tells:
+        assert answer.json()["usage"]["total_tokens"] <= 60
+        assert site.asked[0].sampling.max_tokens == 60 - len(site.asked[0].prompt)
+    refused(site.http.post("/v1/chat/completions", json={**prompt, "max_tokens": 60}), 400, "max_tokens")
+
+
+def test_headers_without_end(site: Site) -> None:
+    host, port = site.gateway.http_address.split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as line:
+        try:
+            line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * (1 << 20))
+            said = line.recv(65536)
+        except ConnectionError:
+            said = b""
+    assert said == b"" or said.startswith(b"HTTP/1.1 400 ")

@@ -1,13 +1,17 @@
 """Text and chat completions as the official client sees them, streamed and not."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from infinillm.errors import NotFound, Unavailable
+from infinillm.model.tokenizer import Tokenizer
+from infinillm.servers.inference_pool import Pool
 from tests import tiny
-from tests.servers.fake_shard import MODEL, TEXT, Site, encode, logprob, sites
+from tests.servers.fake_shard import MODEL, TEXT, Site, encode, logprob, sites, unreachable
 
 PROMPT = "The pool remembers"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -351,12 +355,63 @@ def test_placement(site: Site, client: openai.OpenAI) -> None:
     assert site.http.get("/v1/requests/cmpl-0/placement").status_code == 404
 
 
+def test_placement_of_what_another_gateway_served(site: Site, client: openai.OpenAI) -> None:
+    one = client.completions.create(model=MODEL, prompt=PROMPT)
+    many = client.completions.create(model=MODEL, prompt=[PROMPT] * 10, n=2)
+    nobody = f"cmpl-{'0' * 32}"
+
+    async def ask(*ids: str) -> list[list[tuple[str, str]]]:
+        other = Pool(site.controller_address, 0)
+        other.start()
+        try:
+            return [[(place.node, answer.id) for place, answer in await other.placement(id)] for id in ids]
+        finally:
+            await other.close()
+
+    (alone,), among = site.call(ask(one.id, many.id))
+    assert alone[1] == f"{one.id}-0"
+    assert all(id in shard.ended for node, id in [alone, *among] for shard in site.shards if shard.id == node)
+    assert {id for _, id in among} == {f"{many.id}-{index}" for index in range(20)}
+    with pytest.raises(NotFound):
+        site.call(ask(nobody))
+    asked = sum(shard.placements for shard in site.shards)
+    with pytest.raises(NotFound, match="cmpl-0"):
+        site.call(ask("cmpl-0" * 1000))
+    assert sum(shard.placements for shard in site.shards) == asked  # no id of ours: nobody was asked
+    with unreachable(site.shards[1]):
+        found = site.call(ask(site.shards[0].asked[-1].id.rpartition("-")[0]))
+        assert found[0]  # what one knows is told, though the other does not answer
+        with pytest.raises(Unavailable):
+            site.call(ask(nobody))
+
+
 def test_pool(site: Site) -> None:
     found = site.http.get("/v1/pool").json()
     assert (found["epoch"], found["policy"], found["max_tokens"]) == (7, "pooled", 500)
     assert [node["id"] for node in found["nodes"]] == ["worker-0", "worker-1"]
     assert found["nodes"][0]["blocks"] == 40
     assert found["loans"] == []
+
+
+def test_large_texts_are_spelled_apart(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+    for name in ("token_bytes", "decode"):
+        kept = getattr(Tokenizer, name)
+
+        def noted(self: Tokenizer, *given: Any, kept: Any = kept, **words: Any) -> Any:
+            threads.add(threading.current_thread().name)
+            return kept(self, *given, **words)
+
+        monkeypatch.setattr(Tokenizer, name, noted)
+    site.controller.max_tokens = 1000
+    tokens = encode("word, é🦊 ") * 40
+    assert site.http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "word, é🦊 " * 40}
+    body = {"model": MODEL, "prompt": tokens, "max_tokens": 0, "echo": True, "prompt_logprobs": 2, "logprobs": 2}
+    (choice,) = site.http.post("/v1/completions", json=body).json()["choices"]
+    assert choice["text"] == "word, é🦊 " * 40
+    site.http.post("/tokenize", json={"prompt": TEXT, "return_token_strs": True})
+    assert threads
+    assert site.thread.name not in threads
 
 
 def test_tokenize(site: Site) -> None:
