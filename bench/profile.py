@@ -46,6 +46,8 @@ CACHE = Path.home() / ".cache" / "infinillm"
 BLOCK = 16
 CPU = torch.device("cpu")
 PARTS = {  # as the table shows them, in order: what is timed under each name
+    "enter": "layers before attention: matrix q, k, v, rotation",
+    "leave": "layers after it: matrices out, gate, up, down, norms",
     "linear qkv": "matrix: q, k, v",
     "linear out": "matrix: attention output",
     "linear gate_up": "matrix: MLP gate and up",
@@ -115,8 +117,15 @@ class TimedBody:
             setattr(self, name, watch.time(name, getattr(body, name)))
         for name in self.SMALL:
             setattr(self, name, watch.time("dense small", getattr(body, name)))
+        self._watch, self._few_rows = watch, body.few_rows
         self.linear = watch.time_as(lambda x, weight, *rest: places[weight.data_ptr()], body.linear)
         self.copy_blocks = body.copy_blocks
+
+    def few_rows(self, *args: Any) -> Any:
+        found = self._few_rows(*args)
+        if found is not None:
+            found.enter, found.leave = self._watch.time("enter", found.enter), self._watch.time("leave", found.leave)
+        return found
 
 
 class Bench:

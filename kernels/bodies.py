@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from infinillm.kernels.reference import Table
+from infinillm.kernels.few_rows import FewRows, Sizes
+from infinillm.kernels.reference import Dense, Table
 
 
 class Body(Protocol):
@@ -46,6 +48,9 @@ class Body(Protocol):
     def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor: ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def few_rows(self, layers: Sequence[Dense], last_norm: Tensor, sizes: Sizes, half: int) -> FewRows | None:
+        """Both halves of each layer as one call each, where this body has that and they fit; `half` is cos's width."""
 
 
 @functools.cache

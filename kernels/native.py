@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import struct
+from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,14 +16,14 @@ from torch import Tensor
 from infinillm.kernels import torch_body
 from infinillm.kernels.build import build
 from infinillm.kernels.checks import check_alike, check_merge, check_question, check_table, check_write
-from infinillm.kernels.reference import Table
+from infinillm.kernels.few_rows import LANES, FewRows, Sizes, fits
+from infinillm.kernels.reference import Dense, Table
 
 if TYPE_CHECKING:
     from infinillm.kernels.bodies import Body
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 QUESTION = struct.Struct("@10P4q7i2f")  # Question, as in attention.cpp
-LANES = 16  # widths must be multiples
 LONG = 64  # query rows from which torch's bfloat16 attention, on matrix units, is faster
 MOST_BLOCK = 256  # slots of a block; as in attention.cpp
 MOST_TOKENS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}  # rows of a linear; torch's is faster beyond
@@ -50,6 +51,8 @@ class Native:
         self._rotate = _bind(library.rotate_pair, None, c_int, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 5)
         self._gate = _bind(library.gate_mul, None, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int)
         self._linear = _bind(library.linear_rows, None, c_int, *[c_void_p] * 4, c_int64, c_int, c_int64, c_int, c_int)
+        self._enter = _bind(library.enter_layer, None, c_int, *[c_void_p] * 8, *[c_int] * 3)
+        self._leave = _bind(library.leave_layer, None, c_int, *[c_void_p] * 6, *[c_int] * 2)
         self._read = _bind(library.read_floats, c_float, c_void_p, c_int64, c_int)
         self._last: Walk | None = None
         self._tiles = torch.cpu._is_amx_tile_supported()
@@ -310,6 +313,13 @@ class Native:
             torch.get_num_threads(),
         )
         return out
+
+    def few_rows(self, layers: Sequence[Dense], last_norm: Tensor, sizes: Sizes, half: int) -> FewRows | None:
+        """See bodies.Body."""
+        if last_norm.dtype not in MOST_TOKENS or not fits(layers, last_norm, sizes, half):
+            return None
+        dtype = last_norm.dtype
+        return FewRows(self._enter, self._leave, CODES[dtype], layers, last_norm, sizes, MOST_TOKENS[dtype])
 
     def read(self, x: Tensor) -> float:
         """Read x, contiguous float32, as fast as memory goes, with torch's threads: the benchmarks' yardstick."""

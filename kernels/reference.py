@@ -32,6 +32,29 @@ class Table(NamedTuple):
     firsts: Tensor
 
 
+class Dense(NamedTuple):
+    """The weights of one decoder layer with one MLP; None for what a model lacks.
+
+    qkv [(H + 2K) * D, E] holds rows of q, then k, then v; gate_up [2F, E] the gate, then up; out [E, H * D];
+    down [E, F]; each bias is as long as its matrix has rows; norms are [E], those of q and k [D].
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    attention_post_norm: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    mlp_post_norm: Tensor | None
+
+
 def write_blocks(k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> None:
     """Store rows of K and V where `slots` says.
 
@@ -166,3 +189,7 @@ def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, E] times weight [F, E] transposed, plus bias [F]; returns [T, F]."""
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def few_rows(layers: object, last_norm: Tensor, sizes: object, half: int) -> None:
+    """No body need have halves of layers of its own: they mean what the pieces above mean, one after the other."""

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from infinillm.kernels.bodies import Body
+from infinillm.kernels.few_rows import Sizes
+from infinillm.kernels.reference import Dense
 from infinillm.model.spec import Spec
-from infinillm.model.weights import Experts, Mlp, Weights
+from infinillm.model.weights import Experts, Layer, Mlp, Weights
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -27,6 +29,12 @@ def place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         parts = [place(part, device, dtype) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
+
+
+def _dense(layer: Layer) -> Dense:
+    assert isinstance(layer.mlp, Mlp)
+    pieces = layer._asdict() | layer.mlp._asdict()
+    return Dense(**{name: pieces[name] for name in Dense._fields})
 
 
 class Decoder:
@@ -42,6 +50,12 @@ class Decoder:
         # rounded to dtype before it multiplies, as the model was trained
         scale = spec.hidden**0.5 if spec.family.scaled_embedding else 1.0
         self._embedding_scale = torch.tensor(scale, dtype=dtype).item()
+        sizes = Sizes(spec.heads, spec.kv_heads, spec.head_dim, spec.activation, spec.eps, spec.family.plus_one)
+        self._few = None
+        if all(isinstance(layer.mlp, Mlp) for layer in weights.layers):
+            layers = [_dense(layer) for layer in weights.layers]
+            self._few = body.few_rows(layers, weights.norm, sizes, len(spec.rope.frequencies))
+        self._norms = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         self._activate = body.gelu_tanh_mul if spec.activation == "gelu_tanh" else body.silu_mul
 
     @torch.inference_mode()
@@ -53,11 +67,7 @@ class Decoder:
                            model's dtype, q and k after RoPE; o[t] is attention over what token t sees, itself included
         returns            hidden [T, E] in the model's dtype, normalised, ready for `logits`.
         """
-        spec, body, weights = self.spec, self.body, self.weights
-        heads, kv_heads, dim, eps, plus_one = spec.heads, spec.kv_heads, spec.head_dim, spec.eps, spec.family.plus_one
-        rms_norm, add_rms_norm, rotate, linear = body.rms_norm, body.add_rms_norm, body.rotate, body.linear
-        width = tokens.shape[0]
-
+        spec, weights = self.spec, self.weights
         angles = positions.to(torch.float32)[:, None] * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         if spec.rope.scaling != 1.0:
@@ -66,24 +76,42 @@ class Decoder:
         x = weights.embedding[tokens]
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
-        norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
-        y = rms_norm(x, weights.layers[0].attention_norm, eps, plus_one)
+        y = self._norm(x, weights.layers[0].attention_norm)
+        if self._few is not None and tokens.shape[0] <= self._few.most:
+            for n in range(spec.layers):
+                self._few.leave(n, attend(n, *self._few.enter(n, y, cos, sin)), x, y)
+            return y
         for n, layer in enumerate(weights.layers):
-            qkv = linear(y, layer.qkv, layer.qkv_bias).view(width, heads + 2 * kv_heads, dim)
-            q, k, v = (part.contiguous() for part in qkv.split_with_sizes((heads, kv_heads, kv_heads), 1))
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = rms_norm(q.view(-1, dim), layer.q_norm, eps, plus_one).view(width, heads, dim)
-                k = rms_norm(k.view(-1, dim), layer.k_norm, eps, plus_one).view(width, kv_heads, dim)
-            rotate(q, k, cos, sin)
-            y = linear(attend(n, q, k, v).view(width, heads * dim), layer.out, layer.out_bias)
-            if layer.attention_post_norm is not None:
-                y = rms_norm(y, layer.attention_post_norm, eps, plus_one)
-            y, x = add_rms_norm(y, x, layer.mlp_norm, eps, plus_one)
-            y = self._mlp(y, layer.mlp) if isinstance(layer.mlp, Mlp) else self._experts(y, layer.mlp)
-            if layer.mlp_post_norm is not None:
-                y = rms_norm(y, layer.mlp_post_norm, eps, plus_one)
-            y, x = add_rms_norm(y, x, norms[n], eps, plus_one)
+            o = attend(n, *self._enter(layer, y, cos, sin))
+            y, x = self._leave(layer, o, x, self._norms[n])
         return y
+
+    def _enter(self, layer: Layer, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer up to its attention: y [T, E], normalised, to q, k, v after RoPE."""
+        spec, body = self.spec, self.body
+        width, dim, heads, kv_heads = y.shape[0], spec.head_dim, spec.heads, spec.kv_heads
+        qkv = body.linear(y, layer.qkv, layer.qkv_bias).view(width, heads + 2 * kv_heads, dim)
+        q, k, v = (part.contiguous() for part in qkv.split_with_sizes((heads, kv_heads, kv_heads), 1))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self._norm(q.view(-1, dim), layer.q_norm).view(width, heads, dim)
+            k = self._norm(k.view(-1, dim), layer.k_norm).view(width, kv_heads, dim)
+        body.rotate(q, k, cos, sin)
+        return q, k, v
+
+    def _leave(self, layer: Layer, o: Tensor, x: Tensor, next_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer from its attention on: what the next one reads, normalised, and the residual; both [T, E]."""
+        eps, plus_one, add_rms_norm = self.spec.eps, self.spec.family.plus_one, self.body.add_rms_norm
+        y = self.body.linear(o.flatten(1), layer.out, layer.out_bias)
+        if layer.attention_post_norm is not None:
+            y = self._norm(y, layer.attention_post_norm)
+        y, x = add_rms_norm(y, x, layer.mlp_norm, eps, plus_one)
+        y = self._mlp(y, layer.mlp) if isinstance(layer.mlp, Mlp) else self._experts(y, layer.mlp)
+        if layer.mlp_post_norm is not None:
+            y = self._norm(y, layer.mlp_post_norm)
+        return add_rms_norm(y, x, next_norm, eps, plus_one)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.body.rms_norm(x, weight, self.spec.eps, self.spec.family.plus_one)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

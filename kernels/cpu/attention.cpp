@@ -49,27 +49,34 @@ struct State {
     }
 };
 
-// What one thread needs beside the states: packed queries, bounds of what each query sees, and room for `many`.
+// What one thread needs beside the states: packed queries, bounds of what each query sees, and room for `walk_many`.
 struct Room {
-    float *q, *turned, *p, *keep;
+    float *q;
+    Panel panel;
     int *low, *high;
     static int64_t floats(const Question &ask, int64_t queries) {
-        return queries * ask.dim + ask.dim * W + BAND * (ask.size + W) + 3 * BAND + 2 * queries;
+        const int64_t band = std::max<int64_t>(BAND, queries / ask.kv_heads);
+        return queries * ask.dim + Panel::floats(ask.size, ask.dim, BAND) + 2 * band;
     }
     static Room at(float *p, const Question &ask, int64_t queries) {
-        float *turned = p + queries * ask.dim, *scores = turned + ask.dim * W;
-        float *keep = scores + BAND * (ask.size + W);
         const int64_t band = std::max<int64_t>(BAND, queries / ask.kv_heads);
-        return {p, turned, scores, keep, (int *)(keep + BAND), (int *)(keep + BAND) + band};
+        float *panel = p + queries * ask.dim;
+        int *low = (int *)(panel + Panel::floats(ask.size, ask.dim, BAND));
+        return {p, Panel::at(panel, ask.size, ask.dim, BAND), low, low + band};
     }
 };
 
-void bounds(const Question &ask, const Work &work, int e, int *low, int *high) {
+// Of the slots of entries [e, stop), taken in order, each query sees [low, high).
+void bounds(const Question &ask, const Work &work, int e, int stop, int *low, int *high) {
     const int group = ask.group();
     for (int r = 0; r < work.count; r++) {
-        const int64_t p = ask.positions[work.row + r], first = ask.firsts[e];
-        const int from = ask.window > 0 ? int(std::clamp<int64_t>(p - ask.window + 1 - first, 0, ask.size)) : 0;
-        const int to = int(std::clamp<int64_t>(p + 1 - first, 0, ask.size));
+        const int64_t p = ask.positions[work.row + r];
+        int from = 0, to = 0;
+        for (int i = e; i < stop; i++) {
+            const int64_t first = ask.firsts[i];
+            if (ask.window > 0) from += int(std::clamp<int64_t>(p - ask.window + 1 - first, 0, ask.size));
+            to += int(std::clamp<int64_t>(p + 1 - first, 0, ask.size));
+        }
         std::fill(low + r * group, low + (r + 1) * group, from);
         std::fill(high + r * group, high + (r + 1) * group, to);
     }
@@ -81,7 +88,7 @@ void walk_few(const Question &ask, const Work &work, int start, int stop, const 
     const int64_t step = int64_t(ask.size) * dim;
     const T *const ks = (const T *)ask.k, *const vs = (const T *)ask.v;
     for (int e = start; e < stop; e++) {
-        bounds(ask, work, e, room.low, room.high);
+        bounds(ask, work, e, e + 1, room.low, room.high);
         for (int kv = 0; kv < ask.kv_heads; kv++) {
             const T *k = ks + ask.blocks[e] * ask.k_stride + kv * step;
             const T *v = vs + ask.blocks[e] * ask.v_stride + kv * step;
@@ -90,7 +97,7 @@ void walk_few(const Question &ask, const Work &work, int start, int stop, const 
                 return pool + ask.blocks[e_then] * stride + (kv + tiles) % ask.kv_heads * step;
             };
             const T *k_ahead = ahead(ks, ask.k_stride, 1), *v_ahead = ahead(vs, ask.v_stride, 1);
-            if (sizeof(T) == 4) { // the first lines of the tile after that, so that the hardware follows
+            if (true) { // the first lines of the tile after that, so that the hardware follows
                 const T *k_far = ahead(ks, ask.k_stride, 2), *v_far = ahead(vs, ask.v_stride, 2);
                 for (int line = 0; line < KICK; line++) fetch(k_far + line * 16), fetch(v_far + line * 16);
             }
@@ -113,16 +120,31 @@ void walk_few(const Question &ask, const Work &work, int start, int stop, const 
 
 template <class T>
 void walk_many(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
-    const int M = work.count * ask.group(), dim = ask.dim;
-    const int64_t step = int64_t(ask.size) * dim;
-    for (int kv = 0; kv < ask.kv_heads; kv++) {
-        const int64_t at = int64_t(kv) * M;
-        for (int e = start; e < stop; e++) {
-            bounds(ask, work, e, room.low, room.high);
-            many((const T *)ask.k + ask.blocks[e] * ask.k_stride + kv * step,
-                 (const T *)ask.v + ask.blocks[e] * ask.v_stride + kv * step, room.q + at * dim, M, dim, ask.size,
-                 room.low, room.high, ask.soft_cap, state.acc + at * dim, state.top + at, state.total + at * W,
-                 room.turned, room.p, room.keep);
+    const int M = work.count * ask.group(), dim = ask.dim, size = ask.size, at_once = room.panel.slots / size;
+    const int64_t step = int64_t(size) * dim;
+    const int32_t oldest = ask.positions[work.row], youngest = ask.positions[work.row + work.count - 1];
+    const T *keys[MOST_BLOCK];
+    for (int e = start; e < stop; e += at_once) {
+        const int last = std::min(e + at_once, stop);
+        int count = (last - e) * size;
+        const bool all_old = int64_t(ask.firsts[last - 1]) + size - 1 <= oldest;
+        if (all_old && (ask.window <= 0 || ask.firsts[e] > int64_t(youngest) - ask.window)) {
+            std::fill(room.low, room.low + M, 0);
+            std::fill(room.high, room.high + M, count);
+        } else {
+            bounds(ask, work, e, last, room.low, room.high);
+            count = room.high[M - 1]; // what nobody sees may hold anything
+        }
+        for (int kv = 0; kv < ask.kv_heads; kv++) {
+            for (int i = 0; i < count; i++) {
+                const int64_t block = ask.blocks[e + i / size], at = kv * step + i % size * dim;
+                keys[i] = (const T *)ask.k + block * ask.k_stride + at;
+                pack((const T *)ask.v + block * ask.v_stride + at, room.panel.values + i * dim, dim, 1.0f);
+            }
+            room.panel.lay_key_rows(keys, count, dim);
+            const int64_t at = int64_t(kv) * M;
+            room.panel.meet(room.q + at * dim, M, dim, count, room.low, room.high, ask.soft_cap, state.acc + at * dim,
+                            state.top + at, state.total + at * W);
         }
     }
 }

@@ -1,4 +1,5 @@
-// The dense pieces of a decoder: norms, rotation, gated activations, and a matrix times a few rows.
+// The dense pieces of a decoder: norms, rotation, gated activations, a matrix times a few rows, and both halves of a
+// layer made of these, for few rows, where calls from outside would cost as much as the work.
 
 #include "vectors.h"
 #include <algorithm>
@@ -113,6 +114,72 @@ void multiply(const T *x, const T *weight, const T *bias, T *out, int64_t stride
     }
 }
 
+template <class T>
+void activate(int act, const T *in, T *out, int64_t rows, int64_t stride, int width, int threads) {
+    if (act == 0)
+        gate<T, silu>(in, out, rows, stride, width, threads);
+    else
+        gate<T, gelu>(in, out, rows, stride, width, threads);
+}
+
+// One layer, in the order of reference.Dense; what a model lacks is null.
+struct Dense {
+    const void *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *attention_post_norm, *mlp_norm,
+        *gate_up, *gate_up_bias, *down, *down_bias, *mlp_post_norm;
+};
+
+// What all layers share. act: 0 silu, 1 gelu in its tanh form.
+struct Sizes {
+    int hidden, inner, heads, kv_heads, dim, act;
+    float eps, plus;
+};
+
+// y [T, E] becomes q [T, H, D] and k and v [T, K, D], normalised where the model does that, and rotated.
+template <class T>
+void enter(const Dense &layer, const Sizes &sizes, const T *y, const float *cos, const float *sin, T *q, T *k, T *v,
+           int rows, int half, int threads) {
+    const int64_t dim = sizes.dim, all = (sizes.heads + 2 * sizes.kv_heads) * dim;
+    static thread_local std::vector<T> scratch;
+    scratch.resize(rows * all);
+    multiply(y, (const T *)layer.qkv, (const T *)layer.qkv_bias, scratch.data(), sizes.hidden, rows, all, sizes.hidden,
+             threads);
+    const T *from = scratch.data();
+    const auto part = [&](T *to, int heads, const void *norm, bool turning) {
+        const int64_t width = heads * dim;
+        for (int t = 0; t < rows; t++) std::memcpy(to + t * width, from + t * all, width * sizeof(T));
+        from += width;
+        if (norm)
+            normalise<T>({to, nullptr, (const T *)norm, to, nullptr, rows * heads, dim, 0, sizes.dim, threads,
+                          sizes.eps, sizes.plus});
+        if (turning) rotate(to, cos, sin, rows, width, heads, sizes.dim, half, threads);
+    };
+    part(q, sizes.heads, layer.q_norm, true);
+    part(k, sizes.kv_heads, layer.k_norm, true);
+    part(v, sizes.kv_heads, nullptr, false);
+}
+
+// o [T, H * D] and the residual x [T, E] become the next x, in place, and what the next layer reads, y [T, E].
+template <class T>
+void leave(const Dense &layer, const Sizes &sizes, const T *next_norm, const T *o, T *x, T *y, int rows, int threads) {
+    static thread_local std::vector<T> scratch;
+    const int64_t hidden = sizes.hidden, wide = int64_t(sizes.heads) * sizes.dim, inner = sizes.inner;
+    scratch.resize(rows * (hidden + 3 * inner));
+    T *const branch = scratch.data(), *const both = branch + rows * hidden, *const gated = both + rows * 2 * inner;
+    const auto join = [&](const void *post, const T *norm) { // x += branch; y = x normalised
+        const Norm<T> last = {branch, nullptr, (const T *)post, branch, nullptr, rows, hidden, 0, sizes.hidden, threads,
+                              sizes.eps, sizes.plus};
+        if (post) normalise(last);
+        normalise<T>({branch, x, norm, y, x, rows, hidden, hidden, sizes.hidden, threads, sizes.eps, sizes.plus});
+    };
+    multiply(o, (const T *)layer.out, (const T *)layer.out_bias, branch, wide, rows, hidden, int(wide), threads);
+    join(layer.attention_post_norm, (const T *)layer.mlp_norm);
+    multiply(y, (const T *)layer.gate_up, (const T *)layer.gate_up_bias, both, hidden, rows, 2 * inner, sizes.hidden,
+             threads);
+    activate(sizes.act, both, gated, rows, 2 * inner, sizes.inner, threads);
+    multiply(gated, (const T *)layer.down, (const T *)layer.down_bias, branch, inner, rows, hidden, sizes.inner, threads);
+    join(layer.mlp_post_norm, next_norm);
+}
+
 template <class F> void with_type(int dtype, F &&go) {
     switch (dtype) {
     case 0: return go(float{});
@@ -148,10 +215,7 @@ void rotate_pair(int dtype, void *q, void *k, const float *cos, const float *sin
 void gate_mul(int dtype, int act, const void *in, void *out, int64_t rows, int64_t stride, int width, int threads) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        if (act == 0)
-            gate<T, silu>((const T *)in, (T *)out, rows, stride, width, threads);
-        else
-            gate<T, gelu>((const T *)in, (T *)out, rows, stride, width, threads);
+        activate(act, (const T *)in, (T *)out, rows, stride, width, threads);
     });
 }
 
@@ -161,6 +225,23 @@ void linear_rows(int dtype, const void *x, const void *weight, const void *bias,
         using T = decltype(type);
         multiply<T>((const T *)x, (const T *)weight, (const T *)bias, (T *)out, stride, tokens, features, width,
                     threads);
+    });
+}
+
+// From y [T, E] to q, k and v, of rows [T, H * D] and [T, K * D], rotated.
+void enter_layer(int dtype, const Dense *layer, const Sizes *sizes, const void *y, const float *cos, const float *sin,
+                 void *q, void *k, void *v, int rows, int half, int threads) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        enter(*layer, *sizes, (const T *)y, cos, sin, (T *)q, (T *)k, (T *)v, rows, half, threads);
+    });
+}
+
+void leave_layer(int dtype, const Dense *layer, const Sizes *sizes, const void *next_norm, const void *o, void *x,
+                 void *y, int rows, int threads) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        leave(*layer, *sizes, (const T *)next_norm, (const T *)o, (T *)x, (T *)y, rows, threads);
     });
 }
 }

@@ -10,10 +10,12 @@ constexpr int MOST_BLOCK = 256;
 constexpr int LEAD = 3; // lines of V fetched per query between keys and values, when memory would idle
 constexpr float NONE = -INFINITY;
 
-// acc[g] = acc[g] * keep[g] + sum over n rows of p[g][row] * v[row], for NV vectors of the row.
+// acc[g] = acc[g] * keep[g] + sum over n rows of p[g][row] * v[row], for NV vectors of the row. What a later call will
+// read, `ahead`, is fetched meanwhile, unless that is `v`.
 template <class T, int GQ, int NV>
 ALWAYS void weigh(const T *v, const float *p, int stride, const float *keep, float *acc, int n, int dim,
                   const T *ahead) {
+    const bool fetching = ahead != v;
     vf sum[GQ][NV];
     for (int g = 0; g < GQ; g++)
         for (int i = 0; i < NV; i++) sum[g][i] = loadu<vf>(acc + g * dim + i * W) * keep[g];
@@ -24,7 +26,8 @@ ALWAYS void weigh(const T *v, const float *p, int stride, const float *keep, flo
         } else {
             for (int i = 0; i < NV; i += 2) pair(v + i * W, x[i], x[i + 1]);
         }
-        for (unsigned line = 0; line < NV * W * sizeof(T); line += 64) fetch((const char *)ahead + line);
+        if (fetching)
+            for (unsigned line = 0; line < NV * W * sizeof(T); line += 64) fetch((const char *)ahead + line);
         for (int g = 0; g < GQ; g++)
             for (int i = 0; i < NV; i++) sum[g][i] += x[i] * p[g * stride + b];
     }
@@ -98,55 +101,80 @@ void few(const T *k, const T *v, const T *k_ahead, const T *v_ahead, const float
     weigh_all<T, GQ>(v + int64_t(first) * dim, p, MOST_BLOCK, keep, acc, n, dim, v_ahead + LEAD * GQ * 64 / sizeof(T));
 }
 
-// out[m * stride + lane] = sum over i of q[m * n + i] * turned[i][lane], for NQ queries.
-template <int NQ> ALWAYS void columns(const float *turned, const float *q, int n, float *out, int stride) {
-    vf acc[NQ] = {};
+// out[m * stride + j * W + lane] = sum over i of q[m * n + i] * turned[j][i][lane], for NQ queries and NK * W keys.
+template <int NQ, int NK> ALWAYS void columns(const float *turned, const float *q, int n, float *out, int stride) {
+    vf acc[NQ][NK] = {};
     for (int i = 0; i < n; i++) {
-        const vf x = loadu<vf>(turned + i * W);
-        for (int m = 0; m < NQ; m++) acc[m] += x * q[m * n + i];
+        vf x[NK];
+        for (int j = 0; j < NK; j++) x[j] = loadu<vf>(turned + (j * n + i) * W);
+        for (int m = 0; m < NQ; m++)
+            for (int j = 0; j < NK; j++) acc[m][j] += x[j] * q[m * n + i];
     }
-    for (int m = 0; m < NQ; m++) storeu(out + m * stride, acc[m]);
+    for (int m = 0; m < NQ; m++)
+        for (int j = 0; j < NK; j++) storeu(out + m * stride + j * W, acc[m][j]);
+}
+template <int NK> ALWAYS void all_columns(const float *turned, const float *q, int M, int n, float *out, int stride) {
+    constexpr int NQ = W == 16 ? 8 : 4;
+    int m = 0;
+    for (; m + NQ <= M; m += NQ) columns<NQ, NK>(turned, q + m * n, n, out + m * stride, stride);
+    for (; m < M; m++) columns<1, NK>(turned, q + m * n, n, out + m * stride, stride);
 }
 
-// Many queries, arithmetic-bound: keys are turned once so that a vector holds one dimension of W keys.
-// `turned` [D, W] and `p` [M, B + W] and `keep` [M] are scratch.
-template <class T>
-void many(const T *k, const T *v, const float *q, int M, int dim, int size, const int *low, const int *high,
-          float soft_cap, float *acc, float *top, float *total, float *turned, float *p, float *keep) {
-    int first, last;
-    hull(low, high, M, first, last);
-    if (first >= last) return;
-    const int n = last - first, stride = size + W;
-    k += int64_t(first) * dim;
-    for (int b = 0; b < n; b += W) {
-        const T *rows[W];
-        for (int i = 0; i < W; i++) rows[i] = k + int64_t(std::min(b + i, n - 1)) * dim;
-        int d = 0;
-        for (; d + 2 * W <= dim; d += 2 * W) {
-            vf x[W], y[W];
-            for (int i = 0; i < W; i++) pair(rows[i] + d, x[i], y[i]);
-            turn(x);
-            turn(y);
-            for (int i = 0; i < W; i++) storeu(turned + (d + i) * W, x[i]), storeu(turned + (d + W + i) * W, y[i]);
-        }
-        if (d < dim) {
-            vf x[W];
-            for (int i = 0; i < W; i++) x[i] = one(rows[i] + d);
-            turn(x);
-            for (int i = 0; i < W; i++) storeu(turned + (d + i) * W, x[i]);
-        }
-        constexpr int NQ = W == 16 ? 12 : 8;
-        int m = 0;
-        for (; m + NQ <= M; m += NQ) columns<NQ>(turned, q + m * dim, dim, p + m * stride + b, stride);
-        for (; m + 4 <= M; m += 4) columns<4>(turned, q + m * dim, dim, p + m * stride + b, stride);
-        for (; m < M; m++) columns<1>(turned, q + m * dim, dim, p + m * stride + b, stride);
+// Slots of one K/V head, gathered from as many blocks as fit, for work bound by arithmetic.
+struct Panel {
+    static constexpr int SLOTS = 64; // or one block, where that is larger
+    float *turned;                   // keys [slots / W, D, W]: a vector holds one dimension of W keys
+    float *values;                   // [slots, D]
+    float *p;                        // scores of each query [M, slots + W]
+    float *keep;                     // [M]
+    int slots;
+
+    static int room(int size) { return (std::max(SLOTS, size) + W - 1) / W * W; }
+    static int64_t floats(int size, int dim, int queries) {
+        return int64_t(2 * dim + queries) * room(size) + queries * (W + 1);
     }
-    for (int m = 0; m < M; m++)
-        keep[m] = weights(p + m * stride, n, low[m] - first, high[m] - first, soft_cap, top[m], total + m * W);
-    v += int64_t(first) * dim;
-    int m = 0;
-    for (; m + 4 <= M; m += 4) weigh_all<T, 4>(v, p + m * stride, stride, keep + m, acc + m * dim, n, dim, v);
-    for (; m < M; m++) weigh_all<T, 1>(v, p + m * stride, stride, keep + m, acc + m * dim, n, dim, v);
-}
+    static Panel at(float *ground, int size, int dim, int queries) {
+        const int slots = room(size);
+        float *values = ground + dim * slots, *p = values + dim * slots;
+        return {ground, values, p, p + int64_t(queries) * (slots + W), slots};
+    }
+
+    template <class T> void lay_key_rows(const T *const *rows, int count, int dim) const {
+        for (int b = 0; b < count; b += W) {
+            const auto row = [&](int i) { return rows[std::min(b + i, count - 1)]; };
+            float *to = turned + b * dim;
+            int d = 0;
+            for (; d + 2 * W <= dim; d += 2 * W) {
+                vf x[W], y[W];
+                for (int i = 0; i < W; i++) pair(row(i) + d, x[i], y[i]);
+                turn(x);
+                turn(y);
+                for (int i = 0; i < W; i++) storeu(to + (d + i) * W, x[i]), storeu(to + (d + W + i) * W, y[i]);
+            }
+            if (d < dim) {
+                vf x[W];
+                for (int i = 0; i < W; i++) x[i] = one(row(i) + d);
+                turn(x);
+                for (int i = 0; i < W; i++) storeu(to + (d + i) * W, x[i]);
+            }
+        }
+    }
+
+    // M queries, packed, meet the first `count` slots; query m sees [low[m], high[m]).
+    void meet(const float *q, int M, int dim, int count, const int *low, const int *high, float soft_cap, float *acc,
+              float *top, float *total) const {
+        const int stride = slots + W;
+        int b = 0;
+        for (; b + W < count; b += 2 * W) all_columns<2>(turned + b * dim, q, M, dim, p + b, stride);
+        if (b < count) all_columns<1>(turned + b * dim, q, M, dim, p + b, stride);
+        for (int m = 0; m < M; m++)
+            keep[m] = weights(p + m * stride, count, low[m], high[m], soft_cap, top[m], total + m * W);
+        int m = 0;
+        for (; m + 4 <= M; m += 4)
+            weigh_all<float, 4>(values, p + m * stride, stride, keep + m, acc + m * dim, count, dim, values);
+        for (; m < M; m++)
+            weigh_all<float, 1>(values, p + m * stride, stride, keep + m, acc + m * dim, count, dim, values);
+    }
+};
 
 } // namespace
