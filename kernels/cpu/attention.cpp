@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int BAND = 96; // queries of a K/V head whose running state stays in the second-level cache
+constexpr int BAND = 192; // queries of a K/V head whose running state stays in the second-level cache
 constexpr int KICK = 6; // lines of a far tile
 constexpr int FEW = 12;  // queries up to which memory is the bound
 
@@ -68,7 +68,13 @@ struct Room {
 
 // Of the slots of entries [e, stop), taken in order, each query sees [low, high).
 void bounds(const Question &ask, const Work &work, int e, int stop, int *low, int *high) {
-    const int group = ask.group();
+    const int group = ask.group(), M = work.count * group;
+    const int64_t oldest = ask.positions[work.row], youngest = ask.positions[work.row + work.count - 1];
+    if (ask.firsts[stop - 1] + ask.size - 1 <= oldest && (ask.window <= 0 || ask.firsts[e] > youngest - ask.window)) {
+        std::fill(low, low + M, 0);
+        std::fill(high, high + M, (stop - e) * ask.size);
+        return;
+    }
     for (int r = 0; r < work.count; r++) {
         const int64_t p = ask.positions[work.row + r];
         int from = 0, to = 0;
@@ -122,19 +128,11 @@ template <class T>
 void walk_many(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
     const int M = work.count * ask.group(), dim = ask.dim, size = ask.size, at_once = room.panel.slots / size;
     const int64_t step = int64_t(size) * dim;
-    const int32_t oldest = ask.positions[work.row], youngest = ask.positions[work.row + work.count - 1];
     const T *keys[MOST_BLOCK];
     for (int e = start; e < stop; e += at_once) {
         const int last = std::min(e + at_once, stop);
-        int count = (last - e) * size;
-        const bool all_old = int64_t(ask.firsts[last - 1]) + size - 1 <= oldest;
-        if (all_old && (ask.window <= 0 || ask.firsts[e] > int64_t(youngest) - ask.window)) {
-            std::fill(room.low, room.low + M, 0);
-            std::fill(room.high, room.high + M, count);
-        } else {
-            bounds(ask, work, e, last, room.low, room.high);
-            count = room.high[M - 1]; // what nobody sees may hold anything
-        }
+        bounds(ask, work, e, last, room.low, room.high);
+        const int count = room.high[M - 1]; // what nobody sees may hold anything
         for (int kv = 0; kv < ask.kv_heads; kv++) {
             for (int i = 0; i < count; i++) {
                 const int64_t block = ask.blocks[e + i / size], at = kv * step + i % size * dim;

@@ -44,9 +44,9 @@ ALWAYS void weigh_all(const T *v, const float *p, int stride, const float *keep,
     if (i < dim) weigh<T, GQ, 1>(v + i, p, stride, keep, acc + i, n, dim, ahead + i * n);
 }
 
-// Scores s[0:count], seen from `low` to `high`, become weights under the running maximum `top`; `total` [W] grows.
-// Returns by how much what was summed before shrinks.
-ALWAYS float weights(float *s, int count, int low, int high, float soft_cap, float &top, float *total) {
+// Scores s[0:count], seen from `low` to `high`, are capped and masked up to whole vectors, and the running maximum `top`
+// rises to them. Returns by how much what was summed before shrinks.
+ALWAYS float rise(float *s, int count, int low, int high, float soft_cap, float &top) {
     const int padded = (count + W - 1) / W * W;
     if (soft_cap > 0)
         for (int b = 0; b < count; b += W) storeu(s + b, tanh_of(loadu<vf>(s + b) / soft_cap) * soft_cap);
@@ -54,21 +54,22 @@ ALWAYS float weights(float *s, int count, int low, int high, float soft_cap, flo
     for (int b = std::clamp(high, 0, count); b < padded; b++) s[b] = NONE;
     vf highest = loadu<vf>(s);
     for (int b = W; b < padded; b += W) highest = larger(highest, loadu<vf>(s + b));
-    float keep = 1.0f;
-    if (any_above(highest, top)) {
-        const float now = most(highest);
-        keep = top == NONE ? 0.0f : std::exp(top - now);
-        top = now;
-    }
+    if (!any_above(highest, top)) return 1.0f;
+    const float before = top;
+    top = most(highest);
+    return before == NONE ? 0.0f : std::exp(before - top);
+}
+
+// Scores become weights under the maximum, and `total` [W] their sum. No branches: several queries overlap.
+ALWAYS void weights(float *s, int count, float keep, float top, float *total) {
     const float at = top == NONE ? 0.0f : top;
     vf mass = loadu<vf>(total) * keep;
-    for (int b = 0; b < padded; b += W) {
+    for (int b = 0; b < count; b += W) {
         const vf w = exp_of(loadu<vf>(s + b) - at);
         mass += w;
         storeu(s + b, w);
     }
     storeu(total, mass);
-    return keep;
 }
 
 // Slots [first, last) are seen by some query; query g sees [low[g], high[g]).
@@ -96,8 +97,9 @@ void few(const T *k, const T *v, const T *k_ahead, const T *v_ahead, const float
         dots<T, GQ>(k + int64_t(b) * dim, n - b, q, dim, p + b, MOST_BLOCK, k_ahead + int64_t(b) * dim);
     for (int g = 0; g < GQ; g++) {
         for (int line = 0; line < LEAD; line++) fetch((const char *)v_ahead + (g * LEAD + line) * 64);
-        keep[g] = weights(p + g * MOST_BLOCK, n, low[g] - first, high[g] - first, soft_cap, top[g], total + g * W);
+        keep[g] = rise(p + g * MOST_BLOCK, n, low[g] - first, high[g] - first, soft_cap, top[g]);
     }
+    for (int g = 0; g < GQ; g++) weights(p + g * MOST_BLOCK, n, keep[g], top[g], total + g * W);
     weigh_all<T, GQ>(v + int64_t(first) * dim, p, MOST_BLOCK, keep, acc, n, dim, v_ahead + LEAD * GQ * 64 / sizeof(T));
 }
 
@@ -167,8 +169,8 @@ struct Panel {
         int b = 0;
         for (; b + W < count; b += 2 * W) all_columns<2>(turned + b * dim, q, M, dim, p + b, stride);
         if (b < count) all_columns<1>(turned + b * dim, q, M, dim, p + b, stride);
-        for (int m = 0; m < M; m++)
-            keep[m] = weights(p + m * stride, count, low[m], high[m], soft_cap, top[m], total + m * W);
+        for (int m = 0; m < M; m++) keep[m] = rise(p + m * stride, count, low[m], high[m], soft_cap, top[m]);
+        for (int m = 0; m < M; m++) weights(p + m * stride, count, keep[m], top[m], total + m * W);
         int m = 0;
         for (; m + 4 <= M; m += 4)
             weigh_all<float, 4>(values, p + m * stride, stride, keep + m, acc + m * dim, count, dim, values);
