@@ -87,7 +87,7 @@ def decode(body: Native, heads: Heads, dtype: str, size: int, batch: int, contex
     table = build_table([[context - 1]] * batch, held, torch.device("cpu"))
     q = torch.randn(batch, heads.heads, heads.dim).to(made.dtype)
     group = q.view(batch, heads.kv_heads, -1, heads.dim)
-    plain = made.pool.view(layers, 2, batch, heads.kv_heads, context, heads.dim)
+    plain = made.pool.reshape(layers, 2, batch, heads.kv_heads, context, heads.dim)
     pieces = buffer.split(used // 4)
     pieces = pieces[:-1] if len(pieces) > 1 else pieces
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -108,7 +108,9 @@ def step(clock: Clock, batch: int, context: int) -> dict[str, Any]:
     found["tokens_per_s"] = batch / found["ms"] * 1e3
     found["share_of_copy"] = (read + kv) / found["ms"] / 1e6 / clock.copy
     # The same bytes again for torch: K and V of a sequence contiguous, layer by layer.
-    flat = store.pool.view(spec.layers, 2, -1)[..., : batch * context * spec.kv_heads * spec.head_dim]
+    flat = store.pool.permute(0, 2, 3, 1, 4, 5).view(spec.layers, 2, -1)[
+        ..., : batch * context * spec.kv_heads * spec.head_dim
+    ]
     cache = flat.view(spec.layers, 2, batch, spec.kv_heads, context, spec.head_dim)
 
     def theirs(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

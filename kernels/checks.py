@@ -27,8 +27,9 @@ def check_write(k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor, slots:
         and v_blocks.shape == shape
         and k.shape == v.shape == rows
         and k.stride()[1:] == v.stride()[1:] == (dim, 1)
-        and _whole(k_blocks)
-        and _whole(v_blocks)
+        and _tiled(k_blocks)
+        and _tiled(v_blocks)
+        and k_blocks.stride(1) == v_blocks.stride(1)
         and slots.is_contiguous()
     ):
         return
@@ -55,8 +56,9 @@ def check_question(q: Tensor, k_blocks: Tensor, v_blocks: Tensor) -> None:
         and q.stride()[1:] == (dim, 1)
         and q.shape[2] == dim
         and q.shape[1] % kv_heads == 0
-        and _whole(k_blocks)
-        and _whole(v_blocks)
+        and _tiled(k_blocks)
+        and _tiled(v_blocks)
+        and k_blocks.stride(1) == v_blocks.stride(1)
     ):
         return
     _explain_pool(k_blocks, v_blocks)
@@ -105,10 +107,9 @@ def check_alike(**tensors: Tensor) -> None:
             _explain(name, x, first, tuple(x.shape))
 
 
-def _whole(blocks: Tensor) -> bool:
-    """Whether each block of a pool is contiguous."""
-    _, _, size, dim = blocks.shape
-    return blocks.stride()[1:] == (size * dim, dim, 1)
+def _tiled(blocks: Tensor) -> bool:
+    """Whether the slots of each head in each block are contiguous."""
+    return blocks.stride()[2:] == (blocks.shape[3], 1)
 
 
 def _pool_shape(k_blocks: Tensor) -> Sequence[int]:
@@ -119,10 +120,14 @@ def _pool_shape(k_blocks: Tensor) -> Sequence[int]:
 
 def _explain_pool(k_blocks: Tensor, v_blocks: Tensor) -> None:
     for name, blocks in (("k_blocks", k_blocks), ("v_blocks", v_blocks)):
-        _explain(name, blocks, k_blocks, tuple(k_blocks.shape))
+        _explain(name, blocks, k_blocks, tuple(k_blocks.shape), rows=False)
+        if not _tiled(blocks) or blocks.stride(1) != k_blocks.stride(1):
+            raise ValueError(f"{name} must have its heads evenly apart, each contiguous, not strides {blocks.stride()}")
 
 
-def _explain(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def _explain(
+    name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None, rows: bool = True
+) -> None:
     wanted = dtype or like.dtype
     if wanted not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, not {wanted}")
@@ -132,7 +137,7 @@ def _explain(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], dtype: 
         raise ValueError(f"{name} must be on {like.device}, not {x.device}")
     if x.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
-    if x[:1].numel() and not x[:1].is_contiguous():
+    if rows and x[:1].numel() and not x[:1].is_contiguous():
         raise ValueError(f"{name} must have contiguous rows, not strides {x.stride()}")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from infinillm.kernels.bodies import Body
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-QUESTION = struct.Struct("@10P4q7i2f")  # Question, as in attention.cpp
+QUESTION = struct.Struct("@10P5q7i2f")  # Question, as in attention.cpp
 LONG = 64  # query rows from which torch's bfloat16 attention, on matrix units, is faster
 MOST_BLOCK = 256  # slots of a block; as in attention.cpp
 MOST_TOKENS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}  # rows of a linear; torch's is faster beyond
@@ -44,7 +44,7 @@ class Native:
     def __init__(self, library: ctypes.CDLL):
         self._attend = _bind(library.attend_blocks, c_int, c_int, c_char_p)
         self._merge = _bind(library.merge_parts, None, c_int, *[c_void_p] * 6, c_int64, c_int)
-        self._write = _bind(library.write_blocks, c_int, *[c_void_p] * 5, *[c_int64] * 6, c_int, c_int, c_int64)
+        self._write = _bind(library.write_blocks, c_int, *[c_void_p] * 5, *[c_int64] * 7, c_int, c_int, c_int64)
         self._norm = _bind(
             library.rms_norm, None, c_int, *[c_void_p] * 5, *[c_int64] * 3, c_int, c_int, c_float, c_float
         )
@@ -75,6 +75,7 @@ class Native:
             v.stride(0) * item,
             k_blocks.stride(0) * item,
             v_blocks.stride(0) * item,
+            k_blocks.stride(1) * item,
             blocks,
             heads,
             size,
@@ -113,6 +114,7 @@ class Native:
             q.stride(0),
             k_blocks.stride(0),
             v_blocks.stride(0),
+            k_blocks.stride(1),
             blocks,
             table.rows.shape[0] - 1,
             heads,

@@ -83,7 +83,7 @@ def _owner(ends, sequences, unit, size):
 def _answer(
     q, k, v, o, lse, o_part, lse_part, positions, blocks, firsts,
     row, row_stop, kv, start, stop, share, shares, alone, part_row,
-    q_stride, k_stride, v_stride, scale, soft_cap, window,
+    q_stride, k_stride, v_stride, head_stride, scale, soft_cap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, WIDE: tl.constexpr,
@@ -126,7 +126,7 @@ def _answer(
         block = tl.load(blocks + entry, mask=held, other=0).to(tl.int64)
         at = tl.load(firsts + entry, mask=held, other=1073741824) + offset
         written = held & (at <= newest)
-        within = (kv * SIZE + offset) * DIM
+        within = kv * head_stride + offset * DIM
         k_at = k + (block * k_stride + within)[None, :] + d[:, None]
         k_DN = tl.load(k_at, mask=written[None, :] & (d[:, None] < DIM), other=0.0)
         v_at = v + (block * v_stride + within)[:, None] + d[None, :]
@@ -167,7 +167,7 @@ def _answer(
 @triton.jit(do_not_specialize=["window", "sequences", "chunk", "only"])
 def attend_few(
     q, k, v, o, lse, o_part, lse_part, rows, positions, spans, blocks, firsts,
-    q_stride, k_stride, v_stride, scale, soft_cap, window, sequences, chunk, only,
+    q_stride, k_stride, v_stride, head_stride, scale, soft_cap, window, sequences, chunk, only,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +192,7 @@ def attend_few(
         _answer(
             q, k, v, o, lse, o_part, lse_part, positions, blocks, firsts,
             row, row_stop, kv, start, stop, share, shares, shares == 1, unit * BLOCK_Q,
-            q_stride, k_stride, v_stride, scale, soft_cap, window,
+            q_stride, k_stride, v_stride, head_stride, scale, soft_cap, window,
             KV_HEADS, GROUP, DIM, DIM_PAD, SIZE, BLOCK_M, BLOCK_N, WINDOWED, WINDOWED, CAPPED, WIDE,
         )  # fmt: skip
 
@@ -200,7 +200,7 @@ def attend_few(
 @triton.jit(do_not_specialize=["window", "sequences", "tokens", "few"])
 def attend_many(
     q, k, v, o, lse, o_part, lse_part, rows, positions, spans, blocks, firsts,
-    q_stride, k_stride, v_stride, scale, soft_cap, window, sequences, tokens, few,
+    q_stride, k_stride, v_stride, head_stride, scale, soft_cap, window, sequences, tokens, few,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def attend_many(
     _answer(
         q, k, v, o, lse, o_part, lse_part, positions, blocks, firsts,
         row, row_stop, kv, tl.load(spans + s), tl.load(spans + s + 1), share, shares, shares == 1, share * tokens + row,
-        q_stride, k_stride, v_stride, scale, soft_cap, window,
+        q_stride, k_stride, v_stride, head_stride, scale, soft_cap, window,
         KV_HEADS, GROUP, DIM, DIM_PAD, SIZE, BLOCK_M, BLOCK_N, True, WINDOWED, CAPPED, WIDE,
     )  # fmt: skip
 
@@ -245,7 +245,7 @@ def attend(
     if not tokens or not entries:
         return o.zero_(), lse.fill_(float("-inf"))
     group = heads // kv_heads
-    strides = q.stride(0), k_blocks.stride(0), v_blocks.stride(0)
+    strides = q.stride(0), k_blocks.stride(0), v_blocks.stride(0), k_blocks.stride(1)
     asked = (*table, *strides, scale * LOG2_E, soft_cap, window, sequences)
     sizes = {"KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "DIM_PAD": max(16, triton.next_power_of_2(dim))}
     sizes |= {"SIZE": size, "WINDOWED": window > 0, "CAPPED": soft_cap > 0, "WIDE": wide}

@@ -49,6 +49,8 @@ class Store:
     """Blocks of all layers on one device. It knows slots and blocks, not sequences: who owns what is decided elsewhere.
 
     pool  [layers, 2, blocks, kv_heads, block_size, head_dim]  K at [:, 0], V at [:, 1]
+
+    In memory a block's heads lie one after the other, K then V of each: attention reads it as one stream.
     """
 
     def __init__(self, shape: AttentionShape, blocks: int, device: torch.device, body: Body):
@@ -61,11 +63,12 @@ class Store:
         self.device = device
         self.dtype = DTYPES[shape.dtype]
         self.body = body
-        size = (shape.layers, 2, blocks, shape.kv_heads, shape.block_size, shape.head_dim)
-        self.pool = torch.empty(size, dtype=self.dtype, device=device)
+        size = (shape.layers, blocks, shape.kv_heads, 2, shape.block_size, shape.head_dim)
+        ground = torch.empty(size, dtype=self.dtype, device=device)
         if device.type == "cpu":
-            want_huge_pages(self.pool)
-        self.pool.zero_()  # touched here, so that no page faults later
+            want_huge_pages(ground)
+        ground.zero_()  # touched here, so that no page faults later
+        self.pool = ground.permute(0, 3, 1, 2, 4, 5)
         self._layers = [(layer[0], layer[1]) for layer in self.pool]
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:

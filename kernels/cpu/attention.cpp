@@ -3,7 +3,7 @@
 // Theory of operation. Each sequence's rows are cut into bands of at most BAND queries per K/V head; a band and the
 // blocks it sees are a work. All works form one line, each block of a work as long as it costs, cut into equal lengths,
 // one per thread. A thread walks its length in order. A band of few queries (a decode) is bound by memory: block by
-// block, and inside a block head by head, since a block [K, B, D] is contiguous, while the next [B, D] tile is fetched,
+// block, and inside a block head by head, keys then values, as a store lays them, while the next [B, D] tiles are fetched,
 // across the hop to the next block too. A band of many is bound by arithmetic: head by head, and block by block. A work
 // cut between threads leaves one part per thread, and these are merged at the end.
 
@@ -21,7 +21,7 @@ struct Question {
     void *o;
     float *lse;
     const int32_t *rows, *positions, *spans, *blocks, *firsts;
-    int64_t q_stride, k_stride, v_stride, pool_blocks;
+    int64_t q_stride, k_stride, v_stride, head_stride, pool_blocks;
     int sequences, heads, kv_heads, dim, size, window, threads;
     float scale, soft_cap;
     int group() const { return heads / kv_heads; }
@@ -91,7 +91,7 @@ void bounds(const Question &ask, const Work &work, int e, int stop, int *low, in
 template <class T>
 void walk_few(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
     const int M = work.count * ask.group(), dim = ask.dim, at_once = (M + (M + 3) / 4 - 1) / ((M + 3) / 4);
-    const int64_t step = int64_t(ask.size) * dim;
+    const int64_t step = ask.head_stride;
     const T *const ks = (const T *)ask.k, *const vs = (const T *)ask.v;
     for (int e = start; e < stop; e++) {
         bounds(ask, work, e, e + 1, room.low, room.high);
@@ -127,7 +127,6 @@ void walk_few(const Question &ask, const Work &work, int start, int stop, const 
 template <class T>
 void walk_many(const Question &ask, const Work &work, int start, int stop, const Room &room, State state) {
     const int M = work.count * ask.group(), dim = ask.dim, size = ask.size, at_once = room.panel.slots / size;
-    const int64_t step = int64_t(size) * dim;
     const T *keys[MOST_BLOCK];
     for (int e = start; e < stop; e += at_once) {
         const int last = std::min(e + at_once, stop);
@@ -135,7 +134,7 @@ void walk_many(const Question &ask, const Work &work, int start, int stop, const
         const int count = room.high[M - 1]; // what nobody sees may hold anything
         for (int kv = 0; kv < ask.kv_heads; kv++) {
             for (int i = 0; i < count; i++) {
-                const int64_t block = ask.blocks[e + i / size], at = kv * step + i % size * dim;
+                const int64_t block = ask.blocks[e + i / size], at = kv * ask.head_stride + i % size * dim;
                 keys[i] = (const T *)ask.k + block * ask.k_stride + at;
                 pack((const T *)ask.v + block * ask.v_stride + at, room.panel.values + i * dim, dim, 1.0f);
             }
@@ -294,17 +293,17 @@ void merge_parts(int dtype, const void *o_a, const float *lse_a, const void *o_b
     }
 }
 
-// Rows k, v [T, K, D] (row strides in bytes) to slots of blocks [N, K, B, D]; 1 where a slot is outside the pool.
+// Rows k, v [T, K, D] to slots of blocks [N, K, B, D], strides in bytes; 1 where a slot is outside the pool.
 int write_blocks(const char *k, const char *v, char *k_blocks, char *v_blocks, const int64_t *slots, int64_t tokens,
-                 int64_t k_row, int64_t v_row, int64_t k_block, int64_t v_block, int64_t blocks, int heads, int size,
-                 int64_t bytes) {
+                 int64_t k_row, int64_t v_row, int64_t k_block, int64_t v_block, int64_t head, int64_t blocks,
+                 int heads, int size, int64_t bytes) {
     for (int64_t t = 0; t < tokens; t++)
         if (slots[t] < 0 || slots[t] >= blocks * size) return 1;
     for (int64_t t = 0; t < tokens; t++) {
         const int64_t block = slots[t] / size, offset = slots[t] % size * bytes;
         for (int h = 0; h < heads; h++) {
-            std::memcpy(k_blocks + block * k_block + h * size * bytes + offset, k + t * k_row + h * bytes, bytes);
-            std::memcpy(v_blocks + block * v_block + h * size * bytes + offset, v + t * v_row + h * bytes, bytes);
+            std::memcpy(k_blocks + block * k_block + h * head + offset, k + t * k_row + h * bytes, bytes);
+            std::memcpy(v_blocks + block * v_block + h * head + offset, v + t * v_row + h * bytes, bytes);
         }
     }
     return 0;

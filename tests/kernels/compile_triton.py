@@ -33,7 +33,7 @@ def attention(kind: str, dim: int, group: int, rows: int, size: int, windowed: b
     pointers |= dict.fromkeys(("rows", "positions", "spans", "blocks", "firsts"), "i32")
     constants = {"KV_HEADS": 8, "GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "SIZE": size}
     constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "WINDOWED": windowed, "CAPPED": capped, "WIDE": False}
-    integers = "q_stride k_stride v_stride window sequences chunk only tokens few"
+    integers = "q_stride k_stride v_stride head_stride window sequences chunk only tokens few"
     kernel = paged_triton.attend_few if rows == 1 else paged_triton.attend_many
     return source(kernel, pointers, integers, "scale soft_cap", constants), {
         "num_warps": cut.warps,

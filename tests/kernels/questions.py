@@ -60,11 +60,16 @@ class Question(NamedTuple):
 
 
 def ask(shape: Shape, sequences: list[Sequence], dtype: torch.dtype, seed: int, device: str = "cpu") -> Question:
-    """A question over a shuffled pool; slots later than every row that could see them hold NaN."""
+    """A question over a shuffled pool; slots later than every row that could see them hold NaN.
+
+    Even seeds lay K and V of each head side by side, as a store does; odd ones lay all K before all V.
+    """
     make = torch.Generator().manual_seed(seed)
     heads, kv_heads, dim, size = shape
     total = max(1, sum(len(s.held) for s in sequences))
     pool = torch.full((2, total + 3, kv_heads, size, dim), float("nan"))
+    if seed % 2 == 0:
+        pool = pool.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4)
     free = torch.randperm(total + 3, generator=make).tolist()
     rows, spans, positions, blocks, firsts = [0], [0], [], [], []
     for sequence in sequences:

@@ -38,6 +38,7 @@ WRONG_QUESTIONS = {
         lambda x: x._replace(v_blocks=x.v_blocks[1:]),
         lambda x: x._replace(v_blocks=x.v_blocks.bfloat16()),
         lambda x: x._replace(v_blocks=x.v_blocks.transpose(1, 2).contiguous().transpose(1, 2)),
+        lambda x: x._replace(v_blocks=torch.stack([x.v_blocks, x.v_blocks], 2)[:, :, 0]),
     ],
     "table.rows": [table(rows=QUESTION.table.rows.long())],
     "table.positions": [table(positions=QUESTION.table.positions[1:])],
