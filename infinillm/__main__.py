@@ -144,8 +144,8 @@ def _prepare_environment(settings: Any) -> None:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = threads
     for variable, value in (
-        # gomp lets a thread wait 13 ms, burning its slice, for one the kernel has set aside: beside a busy process a step
-        # took 401 ms. It takes 54 when such a thread sleeps after 0.1 ms, and alone 22 either way.
+        # gomp lets a thread wait 13 ms, burning its slice, for one the kernel has set aside: beside a busy process a
+        # step took 401 ms. It takes 54 when such a thread sleeps after 0.1 ms, and alone 22 either way.
         ("GOMP_SPINCOUNT", "5000"),
         ("HF_HUB_DISABLE_TELEMETRY", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
