@@ -146,7 +146,7 @@ class Bench:
         metrics = Metrics("worker", node="home")
         lanes = Lanes(host="127.0.0.1", patience=10.0, device=CPU, dial=rpc.blocking_channel)
         self.lenders = Lenders("home", "home-1", self.memory, lanes=lanes, port_kind="shm", metrics=metrics)
-        self.runner = Runner(self.decoder)
+        self.runner = Runner(self.decoder, torch.get_num_threads())
         self.engine = Engine(
             "home",
             self.runner,

@@ -137,12 +137,11 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _prepare_environment(settings: Any) -> None:
+def _prepare_environment() -> None:
     """What libraries read from the environment when they are imported; what the user set stands."""
-    threads = str(getattr(settings, "threads", 1))
-    # More threads than cores makes OpenMP's barriers spin: eight times slower with two workers on two cores.
+    # The threads that compute ask for more themselves (engine/runner.py says why nobody else may).
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[variable] = threads
+        os.environ[variable] = "1"
     for variable, value in (
         # gomp lets a thread wait 13 ms, burning its slice, for one the kernel has set aside: beside a busy process a
         # step took 401 ms. It takes 54 when such a thread sleeps after 0.1 ms, and alone 22 either way.
@@ -170,7 +169,7 @@ def run(argv: Sequence[str]) -> None:
     if explain:
         print(config.explain(settings))
         return
-    _prepare_environment(settings)
+    _prepare_environment()
     command.run(settings)
 
 

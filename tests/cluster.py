@@ -59,6 +59,7 @@ class Peer:
             loan_seconds=60.0,
             clock=time.monotonic,
             metrics=self.metrics,
+            threads=1,
         )
         self.outputs: list[Output] = []
         self.engine: Engine | None = None
@@ -100,7 +101,7 @@ class Cluster:
         self.home = next(iter(self.peers.values()))
         self.engine = Engine(
             self.home.id,
-            Runner(decoder),
+            Runner(decoder, 1),
             self.home.memory,
             self.home.lenders,
             Budget(step_tokens, sequences, block_size),

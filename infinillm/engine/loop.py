@@ -95,6 +95,7 @@ class Engine:
 
     def _main(self) -> None:
         try:
+            self.runner.settle()
             progress = False
             while not self._stopping:
                 self.hear(block=not progress)

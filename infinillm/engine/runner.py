@@ -17,8 +17,16 @@ from infinillm.model.sampler import Choice, Row, sample, score
 class Runner:
     """Holds the model; keeps nothing about sequences."""
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, threads: int):
+        self.decoder, self.threads = decoder, threads
+
+    def settle(self) -> None:
+        """Called once, first, by the thread that runs steps: OpenMP counts threads for each caller of its own.
+
+        No other thread may have asked for more than one: the teams they leave behind count as busy, and where they
+        outnumber the cores, ours would sleep and wake at every barrier.
+        """
+        torch.set_num_threads(self.threads)
 
     @torch.inference_mode()
     def run(

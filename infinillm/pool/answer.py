@@ -125,10 +125,11 @@ class PoolService:
         loan_seconds: float,
         clock: Callable[[], float],
         metrics: Metrics,
+        threads: int,
     ):
         self.memory, self.describe, self.model = memory, describe, model
         self.lanes, self.port_kind, self.patience, self.loan_seconds = lanes, port_kind, patience, loan_seconds
-        self.clock, self.metrics = clock, metrics
+        self.clock, self.metrics, self.threads = clock, metrics, threads
         self.conversations: dict[str, Conversation] = {}
         self.incarnations: dict[NodeId, str] = {}  # of those who have a loan
         self.draining = False
@@ -280,6 +281,7 @@ class PoolService:
 
     def _serve(self, name: str, talk: Conversation, loop: asyncio.AbstractEventLoop) -> None:
         reason = "nobody came to the port"
+        torch.set_num_threads(self.threads)  # OpenMP counts them for each caller
         try:
             talk.port = talk.listener.accept(self.patience)
             if talk.opened.wait(self.patience):

@@ -58,8 +58,6 @@ class Worker:
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
         )
-        if device.type == "cpu":
-            torch.set_num_threads(settings.threads)
         body = bodies.body(device, cache)
         path = await asyncio.to_thread(files.resolve, settings.model or None, cache, say)
         spec = spec_of(weights.read_config(path), settings.max_model_len or None)
@@ -96,6 +94,7 @@ class Worker:
             loan_seconds=settings.loan_seconds,
             clock=time.monotonic,
             metrics=self.metrics,
+            threads=settings.threads,
         )
         self.engine: Engine | None = None
         self.shard: ShardService | None = None
@@ -104,7 +103,7 @@ class Worker:
             decoder = await asyncio.to_thread(_load, path, dtype, device, body, settings.max_model_len or None)
             self.engine = Engine(
                 self.id,
-                Runner(decoder),
+                Runner(decoder, settings.threads),
                 self.memory,
                 self.lenders,
                 Budget(settings.max_num_batched_tokens, settings.max_num_seqs, settings.block_size),
