@@ -30,6 +30,9 @@ class Sum:
     def __init__(self) -> None:
         self.computed: list[tuple[str, int, int]] = []
 
+    def settle(self):
+        pass
+
     def run(self, chunks, sequences, attend):
         self.computed += chunks
         ends = [sequences[c.seq] for c in chunks if c.stop == sequences[c.seq].length]
