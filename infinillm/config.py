@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ _MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0"
 _BLOCK = "tokens per block; the same in a whole cluster"
 _DTYPE = "of weights and K/V; auto: the model's own"
 _THREADS = "CPU threads of each worker; more than its share of the cores makes it slower, not faster"
+_SHARED_THREADS = "CPU threads of each worker; 0: the machine's cores, divided among the workers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +139,7 @@ class Serve:
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     served_model_name: str = option("", _NAME)
     policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
-    threads: int = option(1, _THREADS, least=1, most=1024)
+    threads: int = option(0, _SHARED_THREADS, least=0, most=1024)
     port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
     patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
     metrics_port: int = option(
@@ -165,7 +167,7 @@ class Serve:
             max_model_len=self.max_model_len,
             port_kind=self.port_kind,
             patience_seconds=self.patience_seconds,
-            threads=self.threads,
+            threads=self.threads or max(1, _cores() // self.workers),
             metrics_port=self.metrics_port + 1 + index if self.metrics_port else 0,
             cache_dir=self.cache_dir,
             log_level=self.log_level,
@@ -223,7 +225,7 @@ class Demo:
 
     model: str = option("", _MODEL, positional=True)
     workers: int = option(3, "how many worker processes", least=2, most=64)
-    threads: int = option(1, _THREADS, least=1, most=1024)
+    threads: int = option(0, _SHARED_THREADS, least=0, most=1024)
     dtype: str = option("float32", _DTYPE, choices=DTYPES)
     document: str = option("", "a text file to ask about; empty: a logbook that comes with the demo")
     question: str = option("", "what to ask; empty: what comes with the logbook")
@@ -239,6 +241,11 @@ PROCESSES: dict[str, type[Any]] = {
     each.__name__.lower(): each for each in (Controller, Worker, Gateway, Serve, Prepare, Chat, Top, Demo)
 }
 Config = TypeVar("Config", Controller, Worker, Gateway, Serve, Prepare, Chat, Top, Demo)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load(

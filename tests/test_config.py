@@ -1,6 +1,7 @@
 """Settings: file < environment < flags, nothing unknown let in, every complaint naming what to change."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,4 +157,10 @@ def test_serve_tells_its_processes_the_same_story() -> None:
     for each in (first, serve.controller(), serve.gateway("c:1"), serve.prepare()):
         shared = {f.name for f in options(type(each))} & {f.name for f in options(config.Serve)} - {"host", "port"}
         same = {name for name in shared if getattr(each, name) == getattr(serve, name)}
-        assert shared - same <= {"metrics_port"}, f"{type(each).__name__} does not hear of {shared - same}"
+        assert shared - same <= {"metrics_port", "threads"}, f"{type(each).__name__} does not hear of {shared - same}"
+
+
+def test_serve_divides_the_cores_among_its_workers() -> None:
+    cores = len(os.sched_getaffinity(0))
+    for workers, threads, each in ((1, 0, cores), (1000, 0, 1), (1000, 3, 3)):
+        assert config.Serve(workers=workers, threads=threads).worker(0, "c:1").threads == each
