@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from infinillm.core.cost import Cost, Dense, Device, Link
-from infinillm.core.layout import plan
+from infinillm.core.layout import grown, plan
 from infinillm.core.ledger import (
     Joined,
     Lent,
@@ -133,7 +133,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
     step = schedule(1, sequences, [], room, budget, matches={}, patient=True)
     assert len(step.chunks) == RUNNING
     assert step.grow
-    layouts = {sequence.id: sequence.layout for sequence in sequences}
+    layouts = {s.id: grown(s.layout, [g for g in step.grow if g.seq == s.id], BLOCK) for s in sequences}
     return calls | {
         f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, matches={}, patient=True),
         f"plan of a step, {RUNNING} running": lambda: plan(step, layouts, BLOCK),

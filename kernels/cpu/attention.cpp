@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int BAND = 192; // queries of a K/V head whose running state stays in the second-level cache
-constexpr int KICK = 6; // lines of a far tile
+constexpr int KICK = 96; // elements of a far tile
 constexpr int FEW = 12;  // queries up to which memory is the bound
 
 struct Question {
@@ -93,25 +93,28 @@ void walk_few(const Question &ask, const Work &work, int start, int stop, const 
     const int M = work.count * ask.group(), dim = ask.dim, at_once = (M + (M + 3) / 4 - 1) / ((M + 3) / 4);
     const int64_t step = ask.head_stride;
     const T *const ks = (const T *)ask.k, *const vs = (const T *)ask.v;
+    struct Tile {
+        int e, kv;
+    };
+    const auto after = [&](Tile t) {
+        return t.kv + 1 < ask.kv_heads ? Tile{t.e, t.kv + 1} : Tile{std::min(t.e + 1, stop - 1), 0};
+    };
+    const auto at = [&](const T *pool, int64_t stride, Tile t) {
+        return pool + ask.blocks[t.e] * stride + t.kv * step;
+    };
     for (int e = start; e < stop; e++) {
         bounds(ask, work, e, e + 1, room.low, room.high);
         for (int kv = 0; kv < ask.kv_heads; kv++) {
-            const T *k = ks + ask.blocks[e] * ask.k_stride + kv * step;
-            const T *v = vs + ask.blocks[e] * ask.v_stride + kv * step;
-            const auto ahead = [&](const T *pool, int64_t stride, int tiles) {
-                const int e_then = std::min(e + (kv + tiles) / ask.kv_heads, stop - 1);
-                return pool + ask.blocks[e_then] * stride + (kv + tiles) % ask.kv_heads * step;
-            };
-            const T *k_ahead = ahead(ks, ask.k_stride, 1), *v_ahead = ahead(vs, ask.v_stride, 1);
-            if (true) { // the first lines of the tile after that, so that the hardware follows
-                const T *k_far = ahead(ks, ask.k_stride, 2), *v_far = ahead(vs, ask.v_stride, 2);
-                for (int line = 0; line < KICK; line++) fetch(k_far + line * 16), fetch(v_far + line * 16);
-            }
+            const Tile now{e, kv}, next = after(now), far = after(next);
+            const T *k = at(ks, ask.k_stride, now), *v = at(vs, ask.v_stride, now);
+            const T *k_ahead = at(ks, ask.k_stride, next), *v_ahead = at(vs, ask.v_stride, next);
+            const T *k_far = at(ks, ask.k_stride, far), *v_far = at(vs, ask.v_stride, far);
+            for (int i = 0; i < KICK; i += 16) fetch(k_far + i), fetch(v_far + i); // so that the hardware follows
             for (int j = 0; j < M; j += at_once) {
-                const int64_t at = int64_t(kv) * M + j;
+                const int64_t i = int64_t(kv) * M + j;
                 const auto go = [&](auto run) {
-                    run(k, v, k_ahead, v_ahead, room.q + at * dim, dim, room.low + j, room.high + j, ask.soft_cap,
-                        state.acc + at * dim, state.top + at, state.total + at * W);
+                    run(k, v, k_ahead, v_ahead, room.q + i * dim, dim, room.low + j, room.high + j, ask.soft_cap,
+                        state.acc + i * dim, state.top + i, state.total + i * W);
                 };
                 switch (std::min(at_once, M - j)) {
                 case 1: go(few<T, 1>); break;
