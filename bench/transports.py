@@ -134,7 +134,6 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "grpc": grpc.__version__,
