@@ -1,16 +1,153 @@
-"""What things cost: seconds of a decode step, of a question to a node, of moving K/V, from a few calibrated numbers.
+"""What things cost: seconds of a decode step, of a question to a node, of moving K/V, from measured curves.
 
-A roofline with fixed costs. Reading is what decode pays for (weights once per step, K/V once per token of context), so
-a part's time is its bytes over the bandwidth it really reaches, plus what every layer costs however small it is. Asking
-another node costs a round trip and `question_bytes` per row, whatever the context. All times are seconds, sizes bytes.
+A step of `rows` sequences pays for two things that behave differently. Everything but attention depends on the rows
+alone: f(rows). Attention depends on the tokens of context and not on the batch: the seconds of S tokens over S are one
+over the rate g(S). So a step takes f(rows) + sum of S / g(S), where what other nodes read is read at the same time.
+Asking another node costs the same whatever the context. A `Cost` comes from a profile, measured on the worker it
+speaks for, or from a data sheet (`roofline`). All times are seconds, over all layers; sizes are bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import statistics
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate, pairwise
+from math import isfinite
+from typing import Any
 
-from infinillm.core.types import AttentionShape
+from infinillm.core.types import AttentionShape, NodeId
+from infinillm.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds by some amount: straight between measured points and on beyond the outer two; never negative."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, amount: float) -> float:
+        points = self.points
+        at = bisect_left(points, (amount,), 1, len(points) - 1)
+        (a, low), (b, high) = points[at - 1], points[at]
+        return max(low + (amount - a) * (high - low) / (b - a), 0.0)
+
+
+def fitted(samples: Mapping[int, Sequence[float]]) -> Curve:
+    """The curve of several samples at each amount: of each the lower quartile, since others can only slow a sample.
+
+    More never costs less: a point below the one before is noise.
+    """
+    amounts = sorted(samples)
+    found = [statistics.quantiles(samples[a], n=4)[0] if len(samples[a]) > 1 else samples[a][0] for a in amounts]
+    return Curve(tuple(zip(map(float, amounts), accumulate(found, max), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The costs of one model on one node."""
+
+    dense: Curve  # by rows: a step without its attention
+    attention: Curve  # by tokens of context of one sequence: its attention in a step
+    question: Curve  # by rows: asking another node and hearing its answer, without its work
+    merging: Curve  # by rows: merging the answer of another node
+    move: Curve  # by tokens: sending their K/V to another node
+    prefill: Curve  # by tokens: computing a prompt that long
+    question_bytes: int  # of one row, there and back
+    token_bytes: int  # K and V of one token
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Reading one more token of much context."""
+        (a, low), (b, high) = self.attention.points[-2:]
+        return (high - low) / (b - a)
+
+    def attend(self, tokens: float, rows: float = 1) -> float:
+        """Decode attention of `rows` sequences with `tokens` of context between them; what is fixed is paid once."""
+        if tokens <= 0:
+            return 0.0
+        fixed = self.attention(0)
+        return fixed + rows * max(self.attention(tokens / rows) - fixed, 0.0)
+
+    def answer(self, rows: float, tokens: float) -> float:
+        """From a question of `rows` rows to the answer of a node like this, which holds `tokens` of their context."""
+        return self.question(rows) + self.attend(tokens, rows)
+
+    def decode_step(self, rows: float, local: float, away: Iterable[float] = ()) -> float:
+        """One step of `rows` sequences; `local` tokens of context are read here while others `answer`."""
+        waits = list(away)
+        attention = self.attend(local, rows)
+        if waits:
+            attention = max(attention, *waits) + len(waits) * self.merging(rows)
+        return self.dense(rows) + attention
+
+    def computing(self, tokens: int, prefix: int = 0) -> float:
+        """Computing `tokens` of a prompt after `prefix` that are cached."""
+        return self.prefill(prefix + tokens) - (self.prefill(prefix) if prefix else 0.0)
+
+    def spreading_pays_from(self, rows: int) -> float:
+        """Tokens of context above which handing the best share to one equal node makes a step quicker.
+
+        Of n tokens the best split reads (n + question) / 2 here, in units of reading a token; it wins where that and
+        a merge take less than reading n.
+        """
+        return (self.question(rows) + 2 * self.merging(rows)) / self.seconds_per_token
+
+    def moving_pays_after(self, tokens: int) -> float:
+        """Decode steps still to come above which moving K/V of `tokens` sends fewer bytes than asking in each."""
+        return tokens * self.token_bytes / self.question_bytes
+
+
+CURVES = tuple(each.name for each in fields(Cost) if each.type == "Curve")
+SIZES = tuple(each.name for each in fields(Cost) if each.type == "int")
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The cost of every node: its own, else what is taken for all, if anything is."""
+
+    default: Cost | None = None
+    own: Mapping[NodeId, Cost] = field(default_factory=dict)
+
+    def of(self, node: NodeId) -> Cost | None:
+        return self.own.get(node, self.default)
+
+
+def to_plain(cost: Cost) -> dict[str, Any]:
+    """As numbers, lists and names, for JSON."""
+    curves = {name: [list(point) for point in getattr(cost, name).points] for name in CURVES}
+    return curves | {name: getattr(cost, name) for name in SIZES}
+
+
+def from_plain(plain: Any) -> Cost:
+    """What `to_plain` made; anything else in it is passed over. Raises BadRequest, naming the field."""
+    if not isinstance(plain, Mapping):
+        raise BadRequest("a profile is a mapping of names", field="profile")
+    values: dict[str, Any] = {name: _curve(name, plain) for name in CURVES}
+    values |= {name: _size(name, plain) for name in SIZES}
+    return Cost(**values)
+
+
+def _curve(name: str, plain: Mapping[str, Any]) -> Curve:
+    try:
+        points = tuple((float(amount), float(seconds)) for amount, seconds in plain[name])
+    except (KeyError, TypeError, ValueError):
+        raise BadRequest(f"{name} of a profile must be a list of [amount, seconds]", field=name) from None
+    rising = all(a < b for (a, _), (b, _) in pairwise(points))
+    if len(points) < 2 or not rising or not all(isfinite(x) and x >= 0 for point in points for x in point):
+        raise BadRequest(f"{name} of a profile needs two points or more, of rising amounts, none negative", field=name)
+    return Curve(points)
+
+
+def _size(name: str, plain: Mapping[str, Any]) -> int:
+    size = plain.get(name)
+    if not isinstance(size, int) or size < 1:
+        raise BadRequest(f"{name} of a profile must be a positive whole number, not {size!r}", field=name)
+    return size
+
+
+# --- from a data sheet -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +155,6 @@ class Device:
     """One device: data-sheet figures, the shares of them it reaches, and its fixed costs, all measured or published."""
 
     name: str
-    memory: float  # bytes
     bandwidth: float  # bytes per second, read
     flops: float  # per second, dense, in the dtype of the model
     weights_share: float  # of bandwidth, streaming weights
@@ -47,77 +183,40 @@ class Dense:
     element_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What one remote node does in one layer: query rows sent to it, and tokens of context it reads."""
-
-    rows: int
-    tokens: float
+FAR = 1 << 20  # where the second point of a straight line lies
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """The costs of one model on equal devices joined by equal links."""
+def roofline(device: Device, link: Link, dense: Dense, shape: AttentionShape) -> Cost:
+    """The cost of one model on a device of a data sheet, with equal nodes at the end of equal links.
 
-    device: Device
-    link: Link
-    dense: Dense
-    shape: AttentionShape
+    Decode is bound by reading (weights once per step, K/V once per token of context) or, from some batch on, by
+    computing; on top comes what every layer costs however small it is.
+    """
+    parameters = shape.layers * dense.layer_parameters + dense.head_parameters
+    speed = device.flops_share * device.flops
+    reading = parameters * dense.element_bytes / (device.weights_share * device.bandwidth)
+    knee = max(reading * speed / (2 * parameters), 1.0)  # rows whose computing takes as long as reading
+    fixed = shape.layers * device.layer_seconds
+    token_bytes = shape.block_bytes // shape.block_size
+    question_bytes = shape.layers * shape.question_bytes
 
-    @property
-    def token_bytes(self) -> int:
-        """K and V of one token in one layer."""
-        return 2 * self.shape.kv_heads * self.shape.head_dim * self.shape.element_bytes
+    def line(start: float, each: float) -> Curve:
+        return Curve(((0.0, start), (float(FAR), start + FAR * each)))
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Reading one token of context in one layer."""
-        return self.token_bytes / (self.device.attention_share * self.device.bandwidth)
+    def prompt(tokens: int) -> float:
+        return (2 * parameters * tokens + 2 * shape.layers * shape.heads * shape.head_dim * tokens * tokens) / speed
 
-    def pass_over(self, parameters: int, rows: int) -> float:
-        """Multiplying `rows` rows by so many parameters: bound by reading them or by computing, whichever is more."""
-        d = self.device
-        reading = parameters * self.dense.element_bytes / (d.weights_share * d.bandwidth)
-        return max(reading, 2 * parameters * rows / (d.flops_share * d.flops))
-
-    def attend(self, tokens: float) -> float:
-        """Decode attention of one layer over `tokens` of context, summed over the sequences."""
-        return self.device.attention_seconds + tokens * self.seconds_per_token if tokens > 0 else 0.0
-
-    def exchange(self, rows: int) -> float:
-        """A question of `rows` rows and its answer, without the work in between."""
-        return self.link.latency + rows * self.shape.question_bytes / self.link.bandwidth
-
-    def decode_step(self, rows: int, local: float, remote: Iterable[Asked] = ()) -> float:
-        """One step of `rows` sequences; `local` tokens of context are read here while remote nodes read theirs."""
-        away = [self.exchange(asked.rows) + self.attend(asked.tokens) for asked in remote]
-        attention = max([self.attend(local), *away]) + (self.device.merge_seconds if away else 0.0)
-        layer = self.pass_over(self.dense.layer_parameters, rows) + self.device.layer_seconds + attention
-        return self.shape.layers * layer + self.pass_over(self.dense.head_parameters, rows)
-
-    def spreading_pays_from(self, rows: int) -> float:
-        """Tokens of context above which handing the best share to one equal node makes a layer quicker.
-
-        Of n tokens the best split reads (n + exchange) / 2 here, in units of reading a token; it wins where that and
-        a merge take less than reading n.
-        """
-        return (self.exchange(rows) + 2 * self.device.merge_seconds) / self.seconds_per_token
-
-    def best_local(self, tokens: float, rows: int) -> float:
-        """Of `tokens`, how many to keep here so that one equal node is done at the same moment; all, where none can."""
-        return min(tokens, (tokens + self.exchange(rows) / self.seconds_per_token) / 2)
-
-    def moving_pays_after(self, tokens: int) -> float:
-        """Decode steps still to come above which moving K/V of `tokens` sends fewer bytes than asking in each."""
-        return tokens * self.token_bytes / self.shape.question_bytes
-
-    def move(self, tokens: int) -> float:
-        """Moving K/V of `tokens` in all layers, streamed."""
-        return self.link.latency + self.shape.layers * tokens * self.token_bytes / self.link.bandwidth
-
-    def prefill(self, tokens: int, prefix: int = 0) -> float:
-        """Computing `tokens` after `prefix` that are cached; bound by computing."""
-        s = self.shape
-        dense = 2 * (s.layers * self.dense.layer_parameters + self.dense.head_parameters) * tokens
-        attention = 4 * s.layers * s.heads * s.head_dim * (tokens * prefix + tokens * tokens / 2)
-        return (dense + attention) / (self.device.flops_share * self.device.flops)
+    batches = ((0.0, max(reading, 2 * parameters / speed)), (knee, 2 * parameters * knee / speed))
+    beyond = (2 * knee, 4 * parameters * knee / speed)
+    return Cost(
+        dense=Curve(tuple((rows, fixed + seconds) for rows, seconds in (*batches, beyond))),
+        attention=line(
+            shape.layers * device.attention_seconds, token_bytes / (device.attention_share * device.bandwidth)
+        ),
+        question=line(shape.layers * link.latency, question_bytes / link.bandwidth),
+        merging=line(shape.layers * device.merge_seconds, 0.0),
+        move=line(link.latency, token_bytes / link.bandwidth),
+        prefill=Curve(((0.0, 0.0), *((float(n), prompt(n)) for n in (1 << k for k in range(22))))),
+        question_bytes=question_bytes,
+        token_bytes=token_bytes,
+    )

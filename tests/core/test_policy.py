@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infinillm.core.cost import Cost
+from infinillm.core.cost import Costs
 from infinillm.core.ledger import Report, expecting, rebuild
 from infinillm.core.policy import POLICIES, named
-from infinillm.core.types import Ledger, Loan, Node, Refused
+from infinillm.core.types import Ledger, Loan, Node, Refused, Span
 from infinillm.errors import BadRequest
 from tests.core.test_cost import LLAMA_H100
 
@@ -161,14 +161,17 @@ def test_lenders_keep_their_own_running_and_borrowers_are_asked_last() -> None:
     assert POOLED.creditors(ledger(node("a"), node("b", used=150, running=10)), "a", 5) != [("b", 0)]
 
 
-def test_plans_order_nothing_yet() -> None:
-    for policy in POLICIES.values():
-        assert policy.plan(ledger(node("a"), node("b")), LLAMA_H100) == ()
-    assert isinstance(LLAMA_H100, Cost)
+def test_only_proactive_orders_what_nobody_asked_for() -> None:
+    layout = (Span("a", 0, 2560),)
+    books = rebuild(
+        1, [Report(node("a", used=160, running=1, waiting=40, wanted=40), (), {"long": layout}), Report(node("b"))]
+    )
+    ordering = {policy.name for policy in POLICIES.values() if policy.plan(books, Costs(LLAMA_H100), 16)}
+    assert ordering == {"proactive"}
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
     assert named("pooled") is POOLED
-    with pytest.raises(BadRequest, match=r"isolated, pooled, not 'greedy'") as caught:
+    with pytest.raises(BadRequest, match=r"isolated, pooled, proactive, not 'greedy'") as caught:
         named("greedy")
     assert caught.value.field == "policy"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from infinillm.core.cost import Cost
-from infinillm.core.policy import isolated, pooled
+from infinillm.core.cost import Costs
+from infinillm.core.policy import isolated, pooled, proactive
 from infinillm.core.policy.orders import Offers, Order
 from infinillm.core.types import Ledger, NodeId, Refused
 from infinillm.errors import BadRequest
@@ -19,7 +19,7 @@ class Policy:
     reach      (ledger, node, block_size): tokens of the longest sequence a node could come to hold
     capacity   (ledger, block_size): tokens of the longest request, prompt and output, that the nodes of now can hold
     creditors  (ledger, node, blocks): who can lend to a node that is short of blocks, and how much each, best first
-    plan       (ledger, cost): what to order without being asked
+    plan       (ledger, costs, block_size): what to order without being asked
     """
 
     name: str
@@ -27,12 +27,12 @@ class Policy:
     reach: Callable[[Ledger, NodeId, int], int]
     capacity: Callable[[Ledger, int], int]
     creditors: Callable[[Ledger, NodeId, int], Offers | Refused]
-    plan: Callable[[Ledger, Cost], tuple[Order, ...]]
+    plan: Callable[[Ledger, Costs, int], tuple[Order, ...]]
 
 
 POLICIES = {
     each.NAME: Policy(each.NAME, each.route, each.reach, each.capacity, each.creditors, each.plan)
-    for each in (isolated, pooled)
+    for each in (isolated, pooled, proactive)
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from infinillm.core.cost import Cost
+from infinillm.core.cost import Costs
 from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, roomiest, serving, too_long
 from infinillm.core.types import Ledger, NodeId, Refused
 
@@ -37,5 +37,5 @@ def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
     return Refused(f"{node} needs {counted(blocks, 'more block')}; policy {NAME} lends none")
 
 
-def plan(ledger: Ledger, cost: Cost) -> tuple[Order, ...]:
+def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
     return ()

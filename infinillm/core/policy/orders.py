@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from infinillm.core.types import Ledger, Node, NodeId, Refused
+from infinillm.core.types import Ledger, Node, NodeId, Refused, SeqId
 
 Offers: TypeAlias = list[tuple[NodeId, int]]  # who could lend, and how many blocks, best first
 
@@ -21,12 +21,32 @@ class Lend:
     reason: str
 
 
-Order: TypeAlias = Lend
+@dataclass(frozen=True, slots=True)
+class MoveBlocks:
+    """The wish that `blocks` full blocks of a sequence move from `source` to `target`; its `home` carries it out.
+
+    Which of them is the home's to say. Only the layout it tells afterwards makes it true.
+    """
+
+    home: NodeId
+    seq: SeqId
+    source: NodeId
+    target: NodeId
+    blocks: int
+    reason: str
+
+
+Order: TypeAlias = Lend | MoveBlocks
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
     """Blocks that hold so many tokens."""
     return -(-tokens // block_size)
+
+
+def offer(node: Node) -> int:
+    """Blocks a node can lend now: within its cap, and one kept back for each request it runs."""
+    return min(node.lendable - node.lent, node.free - node.running)
 
 
 def serving(ledger: Ledger) -> list[Node]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from infinillm.core.cost import Cost
-from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, roomiest, serving, too_long
+from infinillm.core.cost import Costs
+from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, offer, roomiest, serving, too_long
 from infinillm.core.types import Ledger, Node, NodeId, Refused
 
 NAME = "pooled"
@@ -43,7 +43,7 @@ def capacity(ledger: Ledger, block_size: int) -> int:
 def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
     """As many as it takes to cover `blocks` twice: the ledger is half a second old, and some may refuse."""
     others = [n for n in ledger.nodes.values() if n.id != node and not n.draining]
-    ranked = sorted((n.borrowed > 0, -offer, n.id) for n in others if (offer := _offer(n)) > 0)
+    ranked = sorted((n.borrowed > 0, -spare, n.id) for n in others if (spare := offer(n)) > 0)
     if not ranked:
         most = sum(n.lendable for n in others)
         return Refused(
@@ -60,7 +60,7 @@ def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
     return offers
 
 
-def plan(ledger: Ledger, cost: Cost) -> tuple[Order, ...]:
+def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
     """Nothing unasked: blocks are lent when a node wants them."""
     return ()
 
@@ -72,7 +72,3 @@ def _lendable(ledger: Ledger) -> int:
 def _reach(node: Node, lendable: int) -> int:
     """Blocks a request could come to hold from this node: all of its own, and what the others may lend."""
     return node.blocks + lendable - (0 if node.draining else node.lendable)
-
-
-def _offer(node: Node) -> int:
-    return min(node.lendable - node.lent, node.free - node.running)

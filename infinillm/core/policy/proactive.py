@@ -1,0 +1,176 @@
+"""The pool made room in ahead of time: blocks of long requests move to nodes with room, where that serves more in all.
+
+Theory of operation. Tokens per second of a node are its batch over the seconds of its step. A node whose queue does
+not fit (a debtor) would have a larger batch with more room; moving blocks of its longest request to a node with room to
+spare (a creditor) makes some, and costs the creditor time, because it reads them in every step. `plan` goes through
+the debtors, smallest batch first; for each it takes the creditor with most room and the number of blocks with the best
+joint gain, and again, until there is no gain. Where a request lives besides is as in policy pooled.
+
+A debtor here is never a creditor, and neither is a node that borrows: nothing cascades. A creditor's cap, and the room
+its running requests need, are its own. What is ordered is a wish: a home that cannot (the request is over, the target
+is full) does nothing, and the next plan starts from the ledger as it is then. A home that has not used up what was lent
+to it is left alone: blocks are still on their way there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
+
+from infinillm.core.cost import Cost, Costs
+from infinillm.core.policy.orders import MoveBlocks, Order, counted, offer
+from infinillm.core.policy.pooled import capacity, creditors, reach, route
+from infinillm.core.types import Layout, Ledger, Node, NodeId, SeqId
+
+__all__ = ["NAME", "capacity", "creditors", "plan", "reach", "route", "throughput"]
+
+NAME = "proactive"
+LEAST_GAIN = 0.01  # of both nodes' tokens per second: what is less is not worth the wire
+TRIED = 16  # block counts tried at once, between the fewest and the most
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """What the model knows of one node, in blocks; `away`: (cost, which sequences, tokens) on each other node."""
+
+    cost: Cost
+    running: int
+    waiting: int
+    each: int  # a waiting request's blocks, on average
+    free: int
+    held: int  # by its own sequences
+    lent: int
+    away: dict[NodeId, tuple[Cost, frozenset[SeqId], int]]
+
+    @property
+    def coming(self) -> int:
+        """Waiting requests for which there is room."""
+        return min(self.waiting, self.free // self.each)
+
+    def rate(self, block_size: int) -> float:
+        """Tokens per second, once those who come are in the batch."""
+        rows = self.running + self.coming
+        if not rows:
+            return 0.0
+        local = (self.held + self.coming * self.each) * block_size
+        answers = [cost.answer(len(seqs), tokens) for cost, seqs, tokens in self.away.values()]
+        return rows / (self.cost.decode_step(rows, local, answers) + self.cost.attend(self.lent * block_size))
+
+
+def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
+    short = [node for node in ledger.nodes.values() if _short(node) and costs.of(node.id) is not None]
+    if not short:
+        return ()
+    waiting = {loan.borrower for loan in ledger.loans.values() if loan.used < loan.blocks}
+    debtors = sorted((node.running, node.id) for node in short if node.id not in waiting)
+    room = [
+        (-blocks, node.id)
+        for node in ledger.nodes.values()
+        if not (node.borrowed or node.draining or _short(node))
+        and (blocks := offer(node)) > 0
+        and costs.of(node.id) is not None
+    ]
+    heapify(room)
+    sites: dict[NodeId, _Site] = {}
+    orders: list[Order] = []
+    for _, home in debtors:
+        site = _site(ledger, ledger.nodes[home], costs, block_size)
+        movable = _movable(ledger, home, block_size)
+        while room and movable:
+            left, target = -room[0][0], room[0][1]
+            blocks, seq = max(movable)
+            other = sites.get(target) or _site(ledger, ledger.nodes[target], costs, block_size)
+            moved = _best(site, other, seq, target, min(left, blocks), block_size)
+            if moved is None:
+                break
+            count, after, host, gain = moved
+            why = f"room for {counted(after.coming - site.coming, 'waiting request')}, {gain:+.1f} tokens/s"
+            orders.append(MoveBlocks(home, seq, home, target, count, why))
+            site, sites[target] = after, host
+            movable.remove((blocks, seq))
+            if blocks > count:
+                movable.append((blocks - count, seq))
+            heappop(room)
+            if left > count:
+                heappush(room, (count - left, target))
+    return tuple(orders)
+
+
+def throughput(ledger: Ledger, costs: Costs, block_size: int) -> float:
+    """Tokens per second of all nodes, as the model sees them; a node without a cost counts for nothing."""
+    known = (node for node in ledger.nodes.values() if costs.of(node.id) is not None)
+    return sum(_site(ledger, node, costs, block_size).rate(block_size) for node in known)
+
+
+def _short(node: Node) -> bool:
+    """Its queue asks for more than there is room."""
+    return node.serves and not node.draining and node.running > 0 and node.waiting > 0 and node.wanted > node.free
+
+
+def _site(ledger: Ledger, node: Node, costs: Costs, block_size: int) -> _Site:
+    cost = costs.of(node.id)
+    assert cost is not None
+    away: dict[NodeId, tuple[Cost, frozenset[SeqId], int]] = {}
+    if node.borrowed:
+        for seq, layout in ledger.layouts.get(node.id, {}).items():
+            for span in layout:
+                if span.node != node.id:
+                    lender, seqs, tokens = away.get(span.node, (costs.of(span.node) or cost, frozenset(), 0))
+                    away[span.node] = (lender, seqs | {seq}, tokens + span.stop - span.start)
+    each = max(-(-node.wanted // node.waiting), 1) if node.waiting else 1
+    return _Site(cost, node.running, node.waiting, each, node.free, node.used, node.lent, away)
+
+
+def _movable(ledger: Ledger, home: NodeId, block_size: int) -> list[tuple[int, SeqId]]:
+    """Full blocks of each sequence that lie at its home; the one it writes into stays."""
+    found = ((_full(layout, home, block_size), seq) for seq, layout in ledger.layouts.get(home, {}).items())
+    return [(blocks, seq) for blocks, seq in found if blocks > 0]
+
+
+def _full(layout: Layout, home: NodeId, block_size: int) -> int:
+    last = layout[-1] if layout else None
+    return sum((s.stop - s.start - (s is last)) // block_size for s in layout if s.node == home)
+
+
+def _moved(site: _Site, host: _Site, seq: SeqId, target: NodeId, blocks: int, size: int) -> tuple[_Site, _Site]:
+    """Both nodes after so many blocks of a sequence have moved."""
+    _, seqs, tokens = site.away.get(target, (host.cost, frozenset(), 0))
+    away = {**site.away, target: (host.cost, seqs | {seq}, tokens + blocks * size)}
+    after = replace(site, free=site.free + blocks, held=site.held - blocks, away=away)
+    return after, replace(host, free=host.free - blocks, lent=host.lent + blocks)
+
+
+def _best(
+    site: _Site, host: _Site, seq: SeqId, target: NodeId, most: int, block_size: int
+) -> tuple[int, _Site, _Site, float] | None:
+    """How many of at most so many blocks gain most, both nodes after that, and the gain; None where none does.
+
+    Between two counts that each let one more request in, fewer is better; so only those are tried.
+    """
+    coming, each = site.coming, site.each
+    requests = min(site.waiting - coming, (site.free + most) // each - coming)
+    before = site.rate(block_size) + host.rate(block_size)
+
+    def gain(more: int) -> float:
+        after, other = _moved(site, host, seq, target, (coming + more) * each - site.free, block_size)
+        return after.rate(block_size) + other.rate(block_size) - before
+
+    if requests < 1:
+        return None
+    gained, more = _peak(gain, requests)
+    if gained <= LEAST_GAIN * before:
+        return None
+    blocks = (coming + more) * each - site.free
+    return blocks, *_moved(site, host, seq, target, blocks, block_size), gained
+
+
+def _peak(gain: Callable[[int], float], most: int) -> tuple[float, int]:
+    """The largest gain and where in [1, most] it is: tried widely, then closely around the best."""
+    low, high = 1, most
+    while True:
+        stride = -(-(high - low + 1) // TRIED)
+        gained, negative = max((gain(more), -more) for more in {*range(low, high + 1, stride), high})
+        if stride == 1:
+            return gained, -negative
+        low, high = max(-negative - stride + 1, low), min(-negative + stride - 1, high)
