@@ -90,6 +90,7 @@ class Cluster:
         sequences: int = 8,
         patience: float = 10.0,
         share: bool = True,
+        moves: int = 64,
     ):
         shape = decoder.spec.attention(block_size, str(decoder.dtype).removeprefix("torch."))
         self.share = share
@@ -104,7 +105,7 @@ class Cluster:
             Runner(decoder, 1),
             self.home.memory,
             self.home.lenders,
-            Budget(step_tokens, sequences, block_size),
+            Budget(step_tokens, sequences, block_size, moves),
             publish=self.home.outputs.extend,
             borrow=self._borrow,
             metrics=self.home.metrics,

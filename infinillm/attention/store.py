@@ -69,6 +69,7 @@ class Store:
             want_huge_pages(ground)
         ground.zero_()  # touched here, so that no page faults later
         self.pool = ground.permute(0, 3, 1, 2, 4, 5)
+        self._whole = [list(layer) for layer in ground]
         self._layers = [(layer[0], layer[1]) for layer in self.pool]
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -82,6 +83,11 @@ class Store:
             q, *self._layers[layer], table, scale=shape.scale, window=shape.windows[layer], soft_cap=shape.soft_cap
         )
         return Partial(o, lse)
+
+    def whole(self, layer: int, blocks: Sequence[int]) -> list[Tensor]:
+        """These blocks of one layer as they lie, each [kv_heads, 2, block_size, head_dim], contiguous: no copies."""
+        held = self._whole[layer]
+        return [held[block] for block in blocks]
 
     def copy(self, source: Store, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> None:
         """Copy whole blocks, all layers, from another store of this shape (or from itself)."""

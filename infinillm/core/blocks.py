@@ -2,8 +2,9 @@
 
 Theory of operation. Every block is in exactly one place: *free*, *idle* (nobody refers to it, but it is a full block
 kept for its prefix, and is room like a free one), or *held* by one or more sequences. A sequence holds blocks in a
-holding, keyed by its owner: the node itself (owner ""), or a borrower. A loan is a number of blocks promised to one
-borrower, not particular blocks: what is promised and not yet held is subtracted from the node's own room, so a
+holding, keyed by its owner: the node itself (owner ""), or a borrower. Blocks whose content is on its way from another
+node are held as well, but *staged*: no question sees them until they are adopted. A loan is a number of blocks promised
+to one borrower, not particular blocks: what is promised and not yet held is subtracted from the node's own room, so a
 borrower that reserved never finds the memory gone. One borrower has at most one loan here; lending again makes it
 larger. No two loans ever have one id, so a late word about a loan that is over finds nothing.
 
@@ -15,10 +16,11 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
-from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId
+from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import Broken
 
 OWN = ""
@@ -55,6 +57,7 @@ class Blocks:
         self._by_name: dict[bytes, int] = {}
         self._names: dict[int, bytes] = {}
         self._holdings: dict[tuple[NodeId, SeqId], Holding] = {}
+        self._staged: dict[tuple[NodeId, SeqId], Holding] = {}
 
     # --- what there is -------------------------------------------------------------------------------------------
 
@@ -79,8 +82,11 @@ class Blocks:
     def holding(self, seq: SeqId, owner: NodeId = OWN) -> Holding | None:
         return self._holdings.get((owner, seq))
 
+    def staged(self, seq: SeqId, owner: NodeId = OWN) -> Holding | None:
+        return self._staged.get((owner, seq))
+
     def holders(self, owner: NodeId = OWN) -> list[SeqId]:
-        return [seq for whose, seq in self._holdings if whose == owner]
+        return [seq for whose, seq in dict.fromkeys([*self._holdings, *self._staged]) if whose == owner]
 
     def match(self, names: Sequence[bytes]) -> tuple[int, int]:
         """How many leading names are cached here, and how many of those blocks are idle (taking them costs room)."""
@@ -113,7 +119,50 @@ class Blocks:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
         held = self._holdings.get((owner, seq))
         have = set(held.firsts) if held is not None else ()
-        firsts = [at for at in range(first, first + blocks * self.block_size, self.block_size) if at not in have]
+        return self._reserve(self._holdings, seq, [at for at in self._firsts(first, blocks) if at not in have], owner)
+
+    def stage(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
+        """Hold `blocks` for content on its way here; refused whole where there is no room, or one is held already."""
+        if blocks > self.count:
+            return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
+        firsts = self._firsts(first, blocks)
+        for held in (self._holdings.get((owner, seq)), self._staged.get((owner, seq))):
+            if held is not None and not set(firsts).isdisjoint(held.firsts):
+                return Refused(f"{self.node} has blocks of {seq} from position {first} on already")
+        return self._reserve(self._staged, seq, firsts, owner)
+
+    def adopt(self, seq: SeqId, owner: NodeId = OWN) -> None:
+        """What was staged has come: from now on the sequence has it here."""
+        staged = self._staged.pop((owner, seq), Holding())
+        holding = self._holdings.setdefault((owner, seq), Holding())
+        for first, block in zip(staged.firsts, staged.blocks, strict=True):
+            self._insert(holding, first, block)
+
+    def abandon(self, owner: NodeId = OWN) -> None:
+        """What was staged will not come."""
+        for whose, seq in [key for key in self._staged if key[0] == owner]:
+            self._let_go(owner, self._staged.pop((whose, seq)).blocks)
+
+    def leave(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
+        """Let go of a sequence's blocks from `first` on; refused whole where one is not here."""
+        holding = self._holdings.get((owner, seq), Holding())
+        if blocks > len(holding.blocks) or not set(gone := self._firsts(first, blocks)) <= set(holding.firsts):
+            return Refused(f"{self.node} does not hold {blocks} blocks of {seq} from position {first} on")
+        self._drop(owner, seq, set(gone))
+        return None
+
+    def keep(self, held: Mapping[SeqId, Collection[int]], owner: NodeId) -> None:
+        """Let go of all that an owner has here except the blocks at these positions."""
+        for seq in self.holders(owner):
+            if holding := self._holdings.get((owner, seq)):
+                self._drop(owner, seq, set(holding.firsts).difference(held.get(seq, ())))
+
+    def _firsts(self, first: int, blocks: int) -> range:
+        return range(first, first + blocks * self.block_size, self.block_size)
+
+    def _reserve(
+        self, holdings: dict[tuple[NodeId, SeqId], Holding], seq: SeqId, firsts: Sequence[int], owner: NodeId
+    ) -> Refused | None:
         blocks = len(firsts)
         room = self.room
         loan = self.loans.get(owner)
@@ -121,7 +170,7 @@ class Blocks:
             room = loan.blocks - loan.used if loan else 0
         if blocks > room:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
-        holding = self._holdings.setdefault((owner, seq), Holding())
+        holding = holdings.setdefault((owner, seq), Holding())
         for at in firsts:
             self._insert(holding, at, self._take())
         if loan is not None and owner != OWN:
@@ -130,10 +179,26 @@ class Blocks:
 
     def release(self, seq: SeqId, owner: NodeId = OWN) -> int:
         """Let go of everything a sequence holds here; returns how many blocks it held."""
-        holding = self._holdings.pop((owner, seq), None)
-        if holding is None:
-            return 0
-        for block in reversed(holding.blocks):  # so that the end of a prefix is evicted before its beginning
+        blocks = [
+            block
+            for holdings in (self._holdings, self._staged)
+            for block in holdings.pop((owner, seq), Holding()).blocks
+        ]
+        self._let_go(owner, blocks)
+        return len(blocks)
+
+    def _drop(self, owner: NodeId, seq: SeqId, gone: Collection[int]) -> None:
+        """Let go of a sequence's blocks at these positions, all of which it has here."""
+        holding = self._holdings[owner, seq]
+        places = list(zip(holding.firsts, holding.blocks, strict=True))
+        holding.firsts = [first for first, _ in places if first not in gone]
+        holding.blocks = [block for first, block in places if first not in gone]
+        if not holding.blocks:
+            del self._holdings[owner, seq]
+        self._let_go(owner, [block for first, block in places if first in gone])
+
+    def _let_go(self, owner: NodeId, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):  # so that the end of a prefix is evicted before its beginning
             self._references[block] -= 1
             if self._references[block] == 0:
                 if block in self._names:
@@ -141,8 +206,7 @@ class Blocks:
                 else:
                     self._free.append(block)
         if owner != OWN and (loan := self.loans.get(owner)):
-            self.loans[owner] = replace(loan, used=loan.used - len(holding.blocks))
-        return len(holding.blocks)
+            self.loans[owner] = replace(loan, used=loan.used - len(blocks))
 
     def seal(self, seq: SeqId, first: int, name: bytes) -> None:
         """A full block of the node's own sequence has its final content: others may share it from now on."""
@@ -224,12 +288,15 @@ class Blocks:
         """Raise Broken where the books do not balance."""
         held: dict[int, int] = {}
         by_owner: dict[NodeId, int] = {}
-        for (owner, seq), holding in self._holdings.items():
+        for (owner, seq), holding in chain(self._holdings.items(), self._staged.items()):
             if holding.firsts != sorted(set(holding.firsts)):
                 raise Broken(f"{seq} holds positions {holding.firsts} on {self.node}")
             by_owner[owner] = by_owner.get(owner, 0) + len(holding.blocks)
             for block in holding.blocks:
                 held[block] = held.get(block, 0) + 1
+        for key, staged in self._staged.items():
+            if not set(staged.firsts).isdisjoint(self._holdings.get(key, Holding()).firsts):
+                raise Broken(f"{key[1]} has blocks twice on {self.node}")
         places = [*self._free, *self._idle, *held]
         if sorted(places) != list(range(self.count)):
             raise Broken(f"{self.node}: {len(places)} places for {self.count} blocks")
@@ -268,3 +335,14 @@ def slots(holding: Holding, positions: Iterable[int], block_size: int) -> list[i
     """Where in the pool the tokens at these positions go: block * block_size + offset."""
     where = dict(zip(holding.firsts, holding.blocks, strict=True))
     return [where[p - p % block_size] * block_size + p % block_size for p in positions]
+
+
+def stretches(seq: SeqId, firsts: Iterable[int], block_size: int) -> list[Stretch]:
+    """The blocks at these positions, said briefly."""
+    found: list[Stretch] = []
+    for first in sorted(firsts):
+        if found and found[-1].first + found[-1].blocks * block_size == first:
+            found[-1] = found[-1]._replace(blocks=found[-1].blocks + 1)
+        else:
+            found.append(Stretch(seq, first, 1))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from infinillm.core.types import Chunk, Grow, Layout, NodeId, Part, Plan, SeqId, Span, Step
+from infinillm.core.types import Chunk, Grow, Layout, Move, NodeId, Part, Plan, SeqId, Span, Step, Stretch
 from infinillm.errors import Broken
 
 
@@ -46,6 +46,18 @@ def without(layout: Layout, node: NodeId) -> tuple[Layout, list[Span]]:
     return tuple(s for s in layout if s.node != node), [s for s in layout if s.node == node]
 
 
+def moved(layout: Layout, move: Move, block_size: int) -> Layout:
+    """The layout after a move: the same tokens, some of them on another node."""
+    start, stop = move.first, move.first + move.blocks * block_size
+    around: list[Span] = []
+    for span in layout:
+        if span.start < start:
+            around.append(Span(span.node, span.start, min(span.stop, start)))
+        if span.stop > stop:
+            around.append(Span(span.node, max(span.start, stop), span.stop))
+    return grown(tuple(around), [Grow(move.seq, move.target, start, move.blocks)], block_size)
+
+
 def filled(layout: Layout, length: int) -> Layout:
     """The spans up to `length`: where K/V is, as told to people and to the controller."""
     return tuple(Span(s.node, s.start, min(s.stop, length)) for s in layout if s.start < length)
@@ -75,10 +87,28 @@ def parts(chunk: Chunk, layout: Layout, block_size: int) -> dict[NodeId, list[Pa
     return asked
 
 
-def plan(step: Step, layouts: Mapping[SeqId, Layout], block_size: int) -> dict[NodeId, Plan]:
-    """What every node must do during the step. `layouts` already include what the step grows."""
+def plan(
+    step: Step,
+    layouts: Mapping[SeqId, Layout],
+    block_size: int,
+    moves: Iterable[Move] = (),
+    moved: Iterable[Move] = (),
+) -> dict[NodeId, Plan]:
+    """What every node must do during the step. `layouts` already include what the step grows.
+
+    moves   copied during this step; the layouts do not know of them yet
+    moved   copied before, whose sources have still to let go
+    """
     grow: dict[NodeId, list[Grow]] = {}
     work: dict[NodeId, list[Part]] = {}
+    leave: dict[NodeId, list[Stretch]] = {}
+    take: dict[NodeId, list[Stretch]] = {}
+    give: dict[NodeId, list[Stretch]] = {}
+    for move in moved:
+        leave.setdefault(move.source, []).append(move.stretch)
+    for move in moves:
+        give.setdefault(move.source, []).append(move.stretch)
+        take.setdefault(move.target, []).append(move.stretch)
     for g in step.grow:
         grow.setdefault(g.node, []).append(g)
     for chunk in step.chunks:
@@ -89,6 +119,13 @@ def plan(step: Step, layouts: Mapping[SeqId, Layout], block_size: int) -> dict[N
         if kept != chunk.stop - chunk.start:
             raise Broken(f"{chunk}: {kept} of its rows would be kept, by {layouts[chunk.seq]}")
     return {
-        node: Plan(step.id, tuple(grow.get(node, ())), tuple(work.get(node, ())))
-        for node in dict.fromkeys([*grow, *work])
+        node: Plan(
+            step.id,
+            tuple(grow.get(node, ())),
+            tuple(work.get(node, ())),
+            tuple(leave.get(node, ())),
+            tuple(take.get(node, ())),
+            tuple(give.get(node, ())),
+        )
+        for node in dict.fromkeys([*grow, *work, *leave, *take, *give])
     }

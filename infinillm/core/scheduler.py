@@ -20,11 +20,12 @@ from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one pass may hold."""
+    """What one pass may hold, and how many tokens of K/V may move beside it (rounded up to whole blocks)."""
 
     tokens: int
     sequences: int
     block_size: int
+    moves: int = 0
 
 
 @dataclass(frozen=True, slots=True)

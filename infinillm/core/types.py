@@ -100,6 +100,28 @@ class Grow(NamedTuple):
     blocks: int
 
 
+class Stretch(NamedTuple):
+    """Whole blocks of one sequence, side by side: `blocks` of them, for tokens from position `first` on."""
+
+    seq: SeqId
+    first: int
+    blocks: int
+
+
+class Move(NamedTuple):
+    """Full, computed blocks of a running sequence go from `source` to `target`, for tokens from position `first` on."""
+
+    seq: SeqId
+    source: NodeId
+    target: NodeId
+    first: int
+    blocks: int
+
+    @property
+    def stretch(self) -> Stretch:
+        return Stretch(self.seq, self.first, self.blocks)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass, as decided: at most one chunk per sequence; `preempt` is disjoint from the chunks.
@@ -133,11 +155,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one node must do during one step. Ids increase; a node refuses an older plan."""
+    """What one node must do during one step. Ids increase; a node refuses an older plan.
+
+    Blocks it is to `leave` are let go first. Those it is to `take` come to it layer by layer, and are seen by no
+    question of this step; copies of those it is to `give` go out in the same way.
+    """
 
     step: int
     grow: tuple[Grow, ...]
     parts: tuple[Part, ...]
+    leave: tuple[Stretch, ...] = ()
+    take: tuple[Stretch, ...] = ()
+    give: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

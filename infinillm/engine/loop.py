@@ -22,7 +22,8 @@ from infinillm.core.layout import filled, grown, plan, without
 from infinillm.core.request import FINISHED, Request, Sequence
 from infinillm.core.scheduler import Budget, Match, need, schedule
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
-from infinillm.engine.messages import Borrowed, Cancel, Load, Message, Output, Stop, Submit
+from infinillm.engine.messages import Borrowed, Cancel, Load, Message, MoveBlocks, Output, Stop, Submit
+from infinillm.engine.moves import Moves
 from infinillm.engine.runner import Runner, told_logprob
 from infinillm.errors import InfinillmError, NodeLost, Overloaded, Unavailable
 from infinillm.model.sampler import Choice
@@ -60,6 +61,7 @@ class Engine:
         self.node, self.runner, self.memory, self.lenders, self.budget = node, runner, memory, lenders, budget
         self.publish, self.borrow, self.metrics = publish, borrow, metrics
         self.attend = PooledAttention(node, memory, lenders, metrics)
+        self.moves = Moves(node, memory, lenders, budget.moves, metrics)
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -110,8 +112,12 @@ class Engine:
     def turn(self) -> bool:
         """One turn of the loop; returns whether anything was computed."""
         with self.memory.lock, self.lenders.lock:  # nothing is lent or given back between a decision and its books
+            for sequence in self.moves.repay(self.running):
+                self._preempt(sequence)
             step = self.decide()
             self.commit(step)
+            if step.chunks:
+                self.moves.reserve(self.running)
         self._wish(step)
         if not step.chunks:
             self._tell_load(step)
@@ -120,7 +126,8 @@ class Engine:
         try:
             told = replace(step, grow=(*self._again, *step.grow))
             layouts = {chunk.seq: self.sequences[chunk.seq].layout for chunk in step.chunks}
-            self.attend.begin(step.chunks, plan(told, layouts, self.budget.block_size))
+            plans = plan(told, layouts, self.budget.block_size, self.moves.now, self.moves.done)
+            self.attend.begin(step.chunks, plans)
             sampled, prompts = self.runner.run(step.chunks, self.sequences, self.attend)
         except NodeLost as lost:
             self._lose(lost, step)
@@ -130,6 +137,7 @@ class Engine:
             return False
         self._failed = 0
         self._again = ()
+        self.moves.switch(self.sequences, self.names)
         outputs = self.append(step, sampled, prompts)
         self._count(step, time.monotonic() - began)
         self._tell_load(step)
@@ -149,13 +157,7 @@ class Engine:
         """The only place where a decision changes sequences and books. The caller still holds the locks."""
         size = self.budget.block_size
         for seq in step.preempt:
-            sequence = self.sequences[seq]
-            self._release(seq)
-            sequence.forget()
-            self.running.remove(sequence)
-            self.waiting.insert(0, sequence)
-            self.metrics.add("preemptions_total")
-            log("preempted", request=seq, tokens=sequence.length)
+            self._preempt(self.sequences[seq])
         for seq in step.admit:
             sequence = self.sequences[seq]
             start = next(chunk.start for chunk in step.chunks if chunk.seq == seq)
@@ -241,7 +243,7 @@ class Engine:
     def _hear(self, message: Message) -> None:
         match message:
             case Submit(request):
-                sequence = Sequence(request, list(request.prompt))
+                sequence = Sequence(request, [*request.prompt, *request.already])
                 self.sequences[request.id] = sequence
                 self.names[request.id] = prefix_hashes(request.prompt, self.budget.block_size, request.cache_salt)
                 at = next((i for i, s in enumerate(self.waiting) if s.request.arrival > request.arrival), None)
@@ -259,6 +261,8 @@ class Engine:
                     self._finish(first, "error")
                     shrunk = f"the pool has become too small for this request since it was accepted: {answer.reason}"
                     self.publish([Output(first.id, error=Unavailable(shrunk))])
+            case MoveBlocks():
+                self.moves.hear(message, self.sequences.get(message.seq))
             case Stop():
                 self._stopping = True
 
@@ -293,10 +297,19 @@ class Engine:
         self.prompts.pop(sequence.id, None)
         self.metrics.add("requests_total", outcome=reason)
 
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence.id)
+        sequence.forget()
+        self.running.remove(sequence)
+        self.waiting.insert(0, sequence)
+        self.metrics.add("preemptions_total")
+        log("preempted", request=sequence.id, tokens=sequence.length)
+
     def _release(self, id: SeqId) -> None:
         with self.memory.lock:
             self.memory.blocks.release(id)
         self.lenders.release(id)
+        self.moves.forget(id)
         self._again = tuple(g for g in self._again if g.seq != id)
 
     def _fail_all(self, error: InfinillmError) -> None:
@@ -313,7 +326,8 @@ class Engine:
             raise defect
         error = InfinillmError(f"the pass failed: {type(defect).__name__}: {defect}")
         log("pass_failed", requests=len(step.chunks), reason=error.message, trace=traceback.format_exc())
-        self.lenders.reset({s.node for chunk in step.chunks for s in self.sequences[chunk.seq].layout})
+        self.lenders.reset(self.attend.told)
+        self.moves.abandon()
         for chunk in step.chunks:
             self._finish(self.sequences[chunk.seq], "error")
         self.publish([Output(chunk.seq, error=error) for chunk in step.chunks])
@@ -321,7 +335,8 @@ class Engine:
     def _lose(self, lost: NodeLost, step: Step) -> None:
         """Forget what a lost node held; the pass in hand does not count. Holes are pending work from now on."""
         log("node_lost", node=lost.node, reason=lost.message)
-        self.lenders.reset(span.node for chunk in step.chunks for span in self.sequences[chunk.seq].layout)
+        self.lenders.reset(self.attend.told)
+        self.moves.abandon()
         self.lenders.drop(lost.node)
         self._again = tuple(g for g in (*self._again, *step.grow) if g.node not in (self.node, lost.node))
         for sequence in self.running:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Request
 from infinillm.core.types import Layout, Refused, SeqId, TokenLogprob
 from infinillm.errors import InfinillmError
+
+__all__ = ["Borrowed", "Cancel", "Load", "Message", "MoveBlocks", "Output", "Stop", "Submit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Stop:
     pass
 
 
-Message: TypeAlias = Submit | Cancel | Borrowed | Stop
+Message: TypeAlias = Submit | Cancel | Borrowed | MoveBlocks | Stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,18 @@
 """A node's half of the conversation: lending blocks, keeping K/V, answering questions with partials.
 
 Theory of operation. A borrower first gets a loan (Lend), then a lane (OpenPort), then opens Converse. From there on
-one thread per borrower does, for each plan in the order they came: grow, then layer by layer receive [q, k, v],
-write, attend, send [o, lse]. Releases travel in the same order as plans, so nothing is freed under a plan's feet. A
-plan that is older than the last, or that the books refuse, ends the conversation: the borrower's port closes, and it
-knows. Loans outlive conversations: a borrower that reconnects before its loan lapses finds its blocks where they
-were.
+one thread per borrower does, for each plan in the order they came: leave, grow, then layer by layer receive [q, k, v
+and blocks that move here], write, attend, send [o, lse and blocks that move home]. Blocks that move here are staged,
+and adopted with the last layer, whose answer says so. Releases travel in the same order as plans, so nothing is freed
+under a plan's feet. A plan that is older than the last, or that the books refuse, ends the conversation: the borrower's
+port closes, and it knows. Loans outlive conversations: a borrower that reconnects before its loan lapses finds its
+blocks where they were.
 
 Everything after Lend names the loan. A loan belongs to one incarnation of its borrower: a later one ends it, and an
 earlier one is Stale. What is remembered of borrowers ends with their loans.
+
+A node that needs its own memory recalls some: it says so in the conversation, and the borrower brings home what lies
+here, as it can, and returns it. A loan of which too much is still out after `patience` ends.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ class _Over:
     """Said to a conversation's thread: no more plans will come."""
 
 
-class _Holds(tuple[SeqId, ...]):
-    """Said first: the sequences the borrower has blocks of here. What is held for others is let go."""
+class _Holds(dict[SeqId, set[int]]):
+    """Said first: which blocks the borrower has here, by position. All others of its are let go."""
 
 
 @dataclass(eq=False)
@@ -54,6 +58,7 @@ class Conversation:
     ended: asyncio.Future[str]
     opened: threading.Event = field(default_factory=threading.Event)
     inbox: SimpleQueue[Plan | _Holds | str | _Over] = field(default_factory=SimpleQueue)
+    news: asyncio.Queue[int] = field(default_factory=asyncio.Queue)  # blocks we want back
     port: Port | None = None
     closed: bool = False
 
@@ -79,10 +84,9 @@ def answer(memory: Memory, port: Port, talk: Conversation) -> str:
             match said:
                 case _Over():
                     return "the borrower left"
-                case _Holds():
+                case _Holds() as held:
                     with memory.lock:
-                        for seq in set(memory.blocks.holders(talk.borrower)).difference(said):
-                            memory.blocks.release(seq, talk.borrower)
+                        memory.blocks.keep(held, talk.borrower)
                 case str(seq):
                     with memory.lock:
                         memory.blocks.release(seq, talk.borrower)
@@ -90,24 +94,29 @@ def answer(memory: Memory, port: Port, talk: Conversation) -> str:
                     if plan.step <= last:
                         return f"plan {plan.step} came after {last}"
                     last = plan.step
-                    if refused := memory.grow(plan.grow, talk.borrower):
+                    if refused := memory.accept(plan, talk.borrower):
                         return refused.reason
                     try:
                         work = memory.work(plan.parts, talk.borrower)
+                        taken = memory.found(plan.take, talk.borrower, staged=True)
+                        given = memory.found(plan.give, talk.borrower, staged=False)
                     except Broken as broken:
                         return f"plan {plan.step}: {broken.message}"
-                    if not work.rows and not work.kept:
+                    if not (work.rows or work.kept or taken or given):
                         continue
                     q = torch.empty(work.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)
                     k = torch.empty(work.kept, shape.kv_heads, shape.head_dim, dtype=dtype, device=device)
                     v = torch.empty_like(k)
                     for layer in range(shape.layers):
-                        port.recv([q, k, v])
+                        port.recv([q, k, v, *store.whole(layer, taken)])
                         if work.kept:
                             store.write(layer, k, v, work.slots)
-                        if work.rows:
-                            partial = store.attend(layer, q, work.table)
-                            port.send([partial.o, partial.lse])
+                        back = [*store.attend(layer, q, work.table)] if work.rows else []
+                        back += store.whole(layer, given)
+                        if taken and layer == shape.layers - 1:
+                            memory.adopt(plan.take, talk.borrower)
+                            back.append(torch.ones(1, dtype=torch.uint8, device=device))
+                        port.send(back)
 
 
 class PoolService:
@@ -132,6 +141,7 @@ class PoolService:
         self.clock, self.metrics, self.threads = clock, metrics, threads
         self.conversations: dict[str, Conversation] = {}
         self.incarnations: dict[NodeId, str] = {}  # of those who have a loan
+        self.recalls: dict[LoanId, tuple[int, float]] = {}  # to how many blocks a loan must shrink, and until when
         self.draining = False
 
     # --- lending -------------------------------------------------------------------------------------------------
@@ -152,6 +162,8 @@ class PoolService:
             loan, now = self.memory.blocks.loans.get(borrower), self.clock()
             if request.loan and (loan is None or loan.id != request.loan):
                 return pb.LendResponse(refused=f"{node}: the loan {request.loan} is over")
+            if loan is not None and loan.id in self.recalls:
+                return pb.LendResponse(refused=f"{node} wants blocks back from {borrower}")
             name = f"{node}>{borrower}#{secrets.token_hex(6)}"
             result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds, name)
             if not isinstance(result, Refused):
@@ -176,6 +188,26 @@ class PoolService:
             self.metrics.add("loan_operations_total", operation="return")
         return pb.ReturnResponse()
 
+    def recall(self, blocks: int) -> None:
+        """Want so many blocks back, of the largest loans first. Called from the event loop."""
+        with self.memory.lock:
+            loans = sorted(self.memory.blocks.loans.values(), key=lambda loan: -loan.blocks)
+        for loan in loans:
+            asked = min(blocks, loan.blocks)
+            blocks -= asked
+            if asked < 1 or loan.id in self.recalls:
+                continue
+            self.recalls[loan.id] = (loan.blocks - asked, self.clock() + self.patience)
+            log("recalled", loan=loan.id, borrower=loan.borrower, blocks=asked)
+            self.metrics.add("loan_operations_total", operation="recall")
+            for talk in self._talks(loan.borrower):
+                talk.news.put_nowait(asked)
+
+    def _late(self, loan: Loan, now: float) -> bool:
+        """Whether blocks of this loan were recalled and have not come in time."""
+        least, until = self.recalls.get(loan.id, (loan.blocks, now))
+        return loan.blocks > least and until <= now
+
     def expire(self, grace: float) -> None:
         """End the loans nobody renewed; called every now and then. `grace`: seconds we were not there to hear.
 
@@ -186,10 +218,16 @@ class PoolService:
             if grace > 1.0:
                 for loan in list(self.memory.blocks.loans.values()):
                     self.memory.blocks.renew(loan.id, loan.until + grace)
-            due = self.memory.blocks.due(now)
+            loans = list(self.memory.blocks.loans.values())
+            due = [
+                *self.memory.blocks.due(now),
+                *(loan for loan in loans if loan.until > now and self._late(loan, now)),
+            ]
             over = [loan for loan in due if not self._talks(loan.borrower)]
             for loan in over:
                 self.memory.blocks.give_back(loan.borrower)
+            large = {loan.id: loan.blocks for loan in self.memory.blocks.loans.values()}
+            self.recalls = {name: recall for name, recall in self.recalls.items() if large.get(name, 0) > recall[0]}
             self.incarnations = {b: i for b, i in self.incarnations.items() if b in self.memory.blocks.loans}
         for loan in due:
             for talk in self._talks(loan.borrower):
@@ -252,15 +290,31 @@ class PoolService:
         if first is None or talk is None:
             raise NotFound(f"no conversation {name!r} was opened here", field="open")
         self._renew(talk)
-        talk.inbox.put(_Holds(first.open.sequences))
+        talk.inbox.put(self._holds(first.open))
         talk.opened.set()
         listening = asyncio.create_task(self._listen(requests, talk))
+        news: asyncio.Future[int] = asyncio.create_task(talk.news.get())
         try:
             yield pb.ConverseResponse(open=name)
-            yield pb.ConverseResponse(refused=await asyncio.shield(talk.ended))
+            while not talk.ended.done():
+                either: list[asyncio.Future[Any]] = [talk.ended, news]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if news.done():
+                    yield pb.ConverseResponse(recalled=news.result())
+                    news = asyncio.create_task(talk.news.get())
+            yield pb.ConverseResponse(refused=talk.ended.result())
         finally:
             listening.cancel()
+            news.cancel()
             talk.close()
+
+    def _holds(self, said: pb.Open) -> _Holds:
+        if sum(each.blocks for each in said.held) > self.memory.blocks.count:
+            raise BadRequest(f"{self.memory.blocks.node} has not so many blocks", field="open")
+        held, size = _Holds(), self.memory.blocks.block_size
+        for each in said.held:
+            held.setdefault(each.sequence, set()).update(range(each.first, each.first + each.blocks * size, size))
+        return held
 
     async def _listen(self, requests: AsyncIterator[pb.ConverseRequest], talk: Conversation) -> None:
         try:
@@ -298,6 +352,7 @@ class PoolService:
             talk.close()
             self.conversations.pop(name, None)
             with self.memory.lock:  # one that is alive opens another conversation, and renews
+                self.memory.blocks.abandon(talk.borrower)
                 self.memory.blocks.doubt(talk.loan, self.clock() + self.patience)
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_tell, talk.ended, reason)

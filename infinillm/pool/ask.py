@@ -2,7 +2,8 @@
 
 `PooledAttention` is the `attend` a model calls. Per layer it sends every remote node of the step's plans its query
 rows (and K/V rows to keep), computes its own partial while the wire works, and merges the remote partials as they
-arrive. What it sends per decoded token does not depend on the context.
+arrive. What it sends per decoded token does not depend on the context. Blocks that move travel with the questions and
+the answers, as they lie in the stores.
 """
 
 from __future__ import annotations
@@ -33,19 +34,36 @@ class Share:
     kept_count: int
 
 
+@dataclass(slots=True)
+class Exchange:
+    """What goes to one remote node and comes back, in every layer of a step: rows, and blocks of our store.
+
+    `heard` comes with the last layer, from a node that took blocks: it has all of them.
+    """
+
+    share: Share
+    port: Port
+    o: Tensor
+    lse: Tensor
+    taken: list[int]
+    given: list[int]
+    heard: list[Tensor]
+
+
 class PooledAttention:
     """`attend(layer, q, k, v) -> o` over everything a step's sequences have, wherever it lies."""
 
     def __init__(self, home: NodeId, memory: Memory, lenders: Lenders, metrics: Metrics):
         self.home, self.memory, self.lenders, self.metrics = home, memory, lenders, metrics
         self.local: tuple[Share, Work] | None = None
-        self.remote: list[tuple[Share, Port, Tensor, Tensor]] = []
+        self.remote: list[Exchange] = []
+        self.told: set[NodeId] = set()  # who heard, or should have heard, of the step in hand
 
     def begin(self, chunks: Sequence[Chunk], plans: Mapping[NodeId, Plan]) -> None:
         """Announce the plans, and fix the shapes of this step. Raises NodeLost."""
         shape, store = self.memory.store.shape, self.memory.store
         total = sum(chunk.stop - chunk.start for chunk in chunks)
-        self.local, self.remote = None, []
+        self.local, self.remote, self.told = None, [], set(plans)
         for node, plan in plans.items():
             share = _share(node, chunks, plan.parts, total, store.device)
             if node == self.home:
@@ -53,29 +71,39 @@ class PooledAttention:
                 continue
             talk = self.lenders.conversation(node)
             talk.announce(plan)
-            if share.row_count or share.kept_count:
+            taken = self.memory.found(plan.take, staged=False)
+            given = self.memory.found(plan.give, staged=True)
+            if share.row_count or share.kept_count or taken or given:
                 o = torch.empty(share.row_count, shape.heads, shape.head_dim, dtype=store.dtype, device=store.device)
                 lse = torch.empty(share.row_count, shape.heads, dtype=torch.float32, device=store.device)
-                self.remote.append((share, talk.port, o, lse))
+                heard = [torch.empty(1, dtype=torch.uint8, device=store.device)] if taken else []
+                self.remote.append(Exchange(share, talk.port, o, lse, taken, given, heard))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k, v [T, K, D] after RoPE, contiguous; returns o [T, H, D]. Raises NodeLost."""
-        for share, port, _, _ in self.remote:
+        store = self.memory.store
+        for to in self.remote:
+            share = to.share
+            rows = [_pick(q, share.rows), _pick(k, share.kept), _pick(v, share.kept)]
             try:
-                port.send([_pick(q, share.rows), _pick(k, share.kept), _pick(v, share.kept)])
+                to.port.send([*rows, *store.whole(layer, to.taken)])
             except PortClosed as closed:
                 raise NodeLost(closed.message, node=share.node) from closed
         o, lse = self._here(layer, q, k, v)
-        for share, port, theirs, their_lse in self.remote:
-            if not share.row_count:
+        for to in self.remote:
+            share, theirs, their_lse = to.share, to.o, to.lse
+            heard = to.heard if layer == store.shape.layers - 1 else []
+            if not (share.row_count or to.given or heard):
                 continue
             waited = time.perf_counter()
             try:
-                port.recv([theirs, their_lse])
+                to.port.recv([theirs, their_lse, *store.whole(layer, to.given), *heard])
             except PortClosed as closed:
                 raise NodeLost(closed.message, node=share.node) from closed
             self.metrics.observe("port_wait_seconds", time.perf_counter() - waited, peer=share.node)
-            merge = self.memory.store.body.merge
+            merge = store.body.merge
+            if not share.row_count:
+                continue
             if share.rows is None:
                 o, lse = merge(o, lse, theirs, their_lse)
             else:

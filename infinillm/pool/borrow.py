@@ -2,8 +2,8 @@
 
 Theory of operation. `Lenders` keeps one `Lender` per node we borrow from: a loan (a number of blocks), a port for
 tensors and a stream for words. Blocks of a loan are used by sequences without asking again, because the lender has
-reserved them; the plan of the next step tells it. A conversation opens by saying which sequences have blocks there;
-the lender lets go of all others, so that whatever was lost with an earlier conversation is mended by the next.
+reserved them; the plan of the next step tells it. A conversation opens by saying which blocks we have there; the
+lender lets go of all others, so that whatever was lost with an earlier conversation is mended by the next.
 
 A lost lender is dropped with everything it held; the engine then sees holes in layouts, which are ordinary pending
 work. Should it turn out to be alive and lend again, it first forgets what it held for us: we say that we know of no
@@ -19,72 +19,18 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
 from infinillm import rpc, wire
-from infinillm.core.types import Grow, LoanId, NodeId, Plan, Refused, SeqId
+from infinillm.core.blocks import stretches
+from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import InfinillmError, NodeLost
 from infinillm.pool.memory import Memory
+from infinillm.pool.talk import POOL, REOPEN_SECONDS, Conversation
 from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
-from infinillm.transport.base import Port
 from infinillm.transport.lanes import Lanes, host_key
 
-POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
 RPC_SECONDS = 5.0
-REOPEN_SECONDS = 1.0  # while every running request waits
-
-
-class Conversation:
-    """The borrower's end of one port and one stream of plans."""
-
-    def __init__(self, node: NodeId, address: str, name: str, port: Port, holding: Iterable[SeqId]):
-        self.node, self.port = node, port
-        self._counted = (0, 0)
-        self._closing = False
-        self._said: SimpleQueue[pb.ConverseRequest | None] = SimpleQueue()
-        self._channel = rpc.blocking_channel(address)
-        self._said.put(pb.ConverseRequest(open=pb.Open(conversation=name, sequences=holding)))
-        self._replies = rpc.BlockingClient(self._channel, POOL).Converse(iter(self._said.get, None))
-        self._reader = threading.Thread(target=self._read, name=f"hear-{node}", daemon=True)
-        self._reader.start()
-
-    def announce(self, plan: Plan) -> None:
-        self._said.put(pb.ConverseRequest(plan=wire.plan_to_wire(plan)))
-
-    def release(self, seq: SeqId) -> None:
-        self._said.put(pb.ConverseRequest(release=pb.Release(sequence=seq)))
-
-    def renew(self) -> None:
-        self._said.put(pb.ConverseRequest(renew=pb.Renew()))
-
-    def measure(self, metrics: Metrics) -> None:
-        """Count the bytes the port carried since the last time."""
-        now = (self.port.sent_bytes, self.port.received_bytes)
-        for direction, new, old in zip(("sent", "received"), now, self._counted, strict=True):
-            metrics.add("port_bytes_total", new - old, peer=self.node, direction=direction, kind=self.port.kind)
-        self._counted = now
-
-    def close(self) -> None:
-        self._closing = True
-        self._said.put(None)
-        self.port.close()
-        self._replies.cancel()
-        self._channel.close()
-        if threading.current_thread() is not self._reader:
-            self._reader.join(timeout=REOPEN_SECONDS)
-
-    def _read(self) -> None:
-        try:
-            for reply in self._replies:
-                if reply.WhichOneof("said") == "refused":
-                    log("conversation_refused", node=self.node, reason=reply.refused)
-                    break
-        except InfinillmError as error:
-            if not self._closing:
-                log("conversation_lost", node=self.node, reason=error.message)
-        finally:
-            self.port.close()  # wakes a step that waits for this node
 
 
 @dataclass(slots=True)
@@ -95,14 +41,26 @@ class Lender:
     address: str
     loan: LoanId
     blocks: int
-    used: dict[SeqId, int] = field(default_factory=dict)
+    held: dict[SeqId, set[int]] = field(default_factory=dict)  # blocks by the position of their first token
+    staged: dict[SeqId, set[int]] = field(default_factory=dict)  # those on their way there
     conversation: Conversation | None = None
+    leaving: dict[SeqId, int] = field(default_factory=dict)  # blocks that left, which the lender may not have heard
+    recalled: int = 0  # blocks the lender wants back
     unsaid: set[SeqId] = field(default_factory=set)  # released while there was no conversation to say it in
     idle_since: float = 0.0
 
     @property
     def room(self) -> int:
-        return self.blocks - sum(self.used.values())
+        """Blocks that sequences may take."""
+        return max(0, self.spare - self.recalled)
+
+    @property
+    def spare(self) -> int:
+        return self.blocks - self.used
+
+    @property
+    def used(self) -> int:
+        return sum(map(len, self.held.values())) + sum(map(len, self.staged.values()))
 
 
 class Lenders:
@@ -131,6 +89,24 @@ class Lenders:
         with self.lock:
             return {node: lender.room for node, lender in self.accounts.items()}
 
+    def hears(self, node: NodeId) -> bool:
+        """Whether there is a conversation with this lender; one that opens begins with all there is to know."""
+        with self.lock:
+            lender = self.accounts.get(node)
+            return lender is not None and lender.conversation is not None
+
+    def owed(self) -> dict[NodeId, int]:
+        """How many blocks must come free before the lenders that want some back can have them."""
+        with self.lock:
+            return {x.node: owed for x in self.accounts.values() if (owed := x.recalled - x.spare) > 0}
+
+    def recalled(self, node: NodeId, blocks: int) -> None:
+        """A lender wants blocks back; called by the thread that hears it."""
+        with self.lock:
+            if (lender := self.accounts.get(node)) is not None:
+                lender.recalled = max(lender.recalled, min(blocks, lender.blocks))
+        log("recall_heard", lender=node, blocks=blocks)
+
     @property
     def borrowed(self) -> int:
         with self.lock:
@@ -139,13 +115,50 @@ class Lenders:
     def grow(self, grow: Grow) -> None:
         with self.lock:
             lender = self.accounts[grow.node]
-            lender.used[grow.seq] = lender.used.get(grow.seq, 0) + grow.blocks
+            lender.held.setdefault(grow.seq, set()).update(self._firsts(grow.first, grow.blocks))
             lender.idle_since = time.monotonic()
+
+    def stage(self, node: NodeId, stretch: Stretch) -> None:
+        """Reserve blocks of a loan for content on its way there."""
+        with self.lock:
+            firsts = self._firsts(stretch.first, stretch.blocks)
+            self.accounts[node].staged.setdefault(stretch.seq, set()).update(firsts)
+
+    def adopt(self) -> None:
+        """What was staged has come, and what the lenders were told before they have heard."""
+        with self.lock:
+            for lender in self.accounts.values():
+                lender.leaving.clear()
+                for seq, firsts in lender.staged.items():
+                    lender.held.setdefault(seq, set()).update(firsts)
+                lender.staged.clear()
+
+    def abandon(self) -> None:
+        """What was staged will not come."""
+        with self.lock:
+            for lender in self.accounts.values():
+                lender.staged.clear()
+
+    def leave(self, node: NodeId, stretch: Stretch) -> None:
+        """Blocks are elsewhere now; the next plan tells the lender."""
+        with self.lock:
+            lender = self.accounts[node]
+            lender.held[stretch.seq].difference_update(self._firsts(stretch.first, stretch.blocks))
+            if not lender.held[stretch.seq]:
+                del lender.held[stretch.seq]
+            lender.leaving[stretch.seq] = lender.leaving.get(stretch.seq, 0) + stretch.blocks
+            lender.idle_since = time.monotonic()
+
+    def _firsts(self, first: int, blocks: int) -> range:
+        size = self.memory.blocks.block_size
+        return range(first, first + blocks * size, size)
 
     def release(self, seq: SeqId) -> None:
         """Give the blocks of a sequence back to the loans they came from."""
         with self.lock:
-            touched = [lender for lender in self.accounts.values() if lender.used.pop(seq, 0)]
+            touched = [x for x in self.accounts.values() if any([x.held.pop(seq, None), x.staged.pop(seq, None)])]
+            for lender in self.accounts.values():
+                lender.leaving.pop(seq, None)
             for lender in touched:
                 lender.idle_since = time.monotonic()
         for lender in touched:
@@ -164,8 +177,14 @@ class Lenders:
         if lender is None:
             raise NodeLost(f"no loan from {node}", node=node)
         if lender.conversation is None:
-            holding = [seq for seq in lender.used if seq not in lender.unsaid]  # what came back since is grown anew
-            opening = self._opening.submit(self._open, node, lender.address, lender.loan, holding)
+            size = self.memory.blocks.block_size
+            held = [
+                stretch
+                for seq, firsts in lender.held.items()
+                if seq not in lender.unsaid  # what came back since is grown anew
+                for stretch in stretches(seq, firsts, size)
+            ]
+            opening = self._opening.submit(self._open, node, lender.address, lender.loan, held)
             try:
                 lender.conversation = opening.result(REOPEN_SECONDS)
             except InfinillmError as error:
@@ -241,17 +260,25 @@ class Lenders:
         return total if total >= least else Refused("; ".join(reasons))
 
     async def give_back_idle(self, idle_seconds: float) -> None:
-        """Return what no sequence has used for a while: whole loans, and what is left over of others."""
+        """Return what no sequence has used for a while: whole loans, and what is left over of others.
+
+        What a lender wants back it gets as soon as it is free.
+        """
         async with self._dealing:
             now = time.monotonic()
             with self.lock:
-                quiet = [x for x in self.accounts.values() if now - x.idle_since >= idle_seconds]
-                idle = [lender for lender in quiet if not lender.used]
-                for lender in idle:
-                    del self.accounts[lender.node]
-                spare = [(lender, room) for lender in quiet if lender.used and (room := lender.room) > 0]
-                for lender, room in spare:
-                    lender.blocks -= room
+                idle: list[Lender] = []
+                spare: list[tuple[Lender, int]] = []
+                for lender in list(self.accounts.values()):
+                    left = lender.spare - sum(lender.leaving.values())
+                    if now - lender.idle_since < idle_seconds:
+                        left = min(left, lender.recalled)
+                    if left == lender.blocks:
+                        idle.append(self.accounts.pop(lender.node))
+                    elif left > 0:
+                        spare.append((lender, left))
+                        lender.blocks -= left
+                        lender.recalled = max(0, lender.recalled - left)
             await self._end(idle)
             for lender, room in spare:
                 log("gave_back", lender=lender.node, blocks=room)
@@ -305,7 +332,7 @@ class Lenders:
         except InfinillmError as error:
             log("return_failed", loan=loan, reason=error.message)  # it lapses by itself
 
-    def _open(self, node: NodeId, address: str, loan: LoanId, holding: Iterable[SeqId]) -> Conversation:
+    def _open(self, node: NodeId, address: str, loan: LoanId, held: Iterable[Stretch]) -> Conversation:
         with rpc.blocking_channel(address) as channel:
             reply = rpc.BlockingClient(channel, POOL).OpenPort(
                 pb.OpenPortRequest(
@@ -318,7 +345,7 @@ class Lenders:
             )
         port = self.lanes.connect(reply.ticket)
         log("port_opened", node=node, kind=port.kind)
-        return Conversation(node, address, reply.conversation, port, holding)
+        return Conversation(node, address, reply.conversation, port, held, self.recalled)
 
 
 def _close_late(opening: Future[Conversation]) -> None:

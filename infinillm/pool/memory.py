@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infinillm.attention.store import Store, build_table
 from infinillm.core.blocks import OWN, Blocks, Holding, slots
-from infinillm.core.types import Grow, NodeId, Part, Refused
+from infinillm.core.types import NodeId, Part, Plan, Refused, Stretch
 from infinillm.errors import Broken
 from infinillm.kernels.reference import Table
 
@@ -40,13 +40,40 @@ class Memory:
     def __init__(self, blocks: Blocks, store: Store):
         self.blocks, self.store, self.lock = blocks, store, RLock()
 
-    def grow(self, grow: Iterable[Grow], owner: NodeId = OWN) -> Refused | None:
-        """Reserve what a plan grows; stops at the first refusal."""
+    def accept(self, plan: Plan, owner: NodeId) -> Refused | None:
+        """Let go of and reserve what a plan says, in this order; stops at the first refusal."""
         with self.lock:
-            for g in grow:
-                if refused := self.blocks.grow(g.seq, g.first, g.blocks, owner):
-                    return refused
+            if sum(each.blocks for each in (*plan.leave, *plan.take, *plan.give)) > 3 * self.blocks.count:
+                return Refused(f"a plan moves more blocks than {self.blocks.node} has")
+            for change, stretches in (
+                (self.blocks.leave, plan.leave),
+                (self.blocks.grow, plan.grow),
+                (self.blocks.stage, plan.take),
+            ):
+                for each in stretches:
+                    if refused := change(each.seq, each.first, each.blocks, owner):
+                        return refused
         return None
+
+    def adopt(self, stretches: Iterable[Stretch], owner: NodeId = OWN) -> None:
+        """What was staged for these has come."""
+        with self.lock:
+            for seq in {each.seq for each in stretches}:
+                self.blocks.adopt(seq, owner)
+
+    def found(self, stretches: Iterable[Stretch], owner: NodeId = OWN, *, staged: bool) -> list[int]:
+        """Which blocks of the store these are. Raises Broken where one is not here."""
+        ids: list[int] = []
+        with self.lock:
+            for seq, first, blocks in stretches:
+                holding = (self.blocks.staged if staged else self.blocks.holding)(seq, owner) or Holding()
+                size = self.blocks.block_size
+                where = dict(zip(holding.firsts, holding.blocks, strict=True))
+                ats = range(first, first + blocks * size, size)
+                if blocks > len(where) or not where.keys() >= set(ats):
+                    raise Broken(f"{self.blocks.node} has not {blocks} blocks of {seq} from position {first} on")
+                ids += [where[at] for at in ats]
+        return ids
 
     def work(self, parts: Sequence[Part], owner: NodeId = OWN) -> Work:
         """The tensors of one step's parts.

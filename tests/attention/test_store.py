@@ -92,3 +92,12 @@ def test_bad_input_names_its_field(field: str, wrong) -> None:
     with pytest.raises(BadRequest) as refused:
         wrong()
     assert refused.value.field == field
+
+
+def test_whole_blocks_are_the_memory_itself_and_mean_the_same_in_another_store() -> None:
+    source, target = filled(30, [0, 1, 2, 3], [5, 2, 7, 0], seed=2), store()
+    for layer in range(SHAPE.layers):
+        for block, into in zip(source.whole(layer, [5, 7]), target.whole(layer, [3, 1]), strict=True):
+            assert block.is_contiguous() and block.shape == (2, 2, 8, 16)
+            into.copy_(block)
+    assert torch.equal(target.pool[:, :, [3, 1]], source.pool[:, :, [5, 7]])

@@ -204,3 +204,54 @@ def test_the_books_balance_after_anything(operations):
         b.give_back(borrower)
     assert b.room == b.count and not b.loans
     b.check()
+
+
+def test_staged_blocks_are_held_and_seen_only_once_adopted():
+    b = books()
+    b.lend("x", 5, 1.0, "1")
+    b.grow("s", 0, 1, "x")
+    assert b.stage("s", 8, 2, "x") is None
+    assert b.holding("s", "x").firsts == [0] and b.staged("s", "x").firsts == [8, 12]
+    assert b.loans["x"].used == 3
+    for first, blocks in ((0, 1), (4, 2), (16, 3), (16, 99)):
+        assert isinstance(b.stage("s", first, blocks, "x"), Refused)
+    b.check()
+    b.adopt("s", "x")
+    assert b.holding("s", "x").firsts == [0, 8, 12] and b.staged("s", "x") is None
+    b.stage("s", 4, 1, "x")
+    b.stage("other", 0, 1, "x")
+    b.abandon("x")
+    assert b.holding("s", "x").firsts == [0, 8, 12] and b.loans["x"].used == 3
+    b.stage("s", 4, 1, "x")
+    assert b.release("s", "x") == 4 and b.loans["x"].used == 0
+    b.stage("other", 0, 1, "x")
+    assert b.holders("x") == ["other"] and b.give_back("x") == 5
+    b.check()
+    assert b.room == 8
+
+
+def test_a_sequence_leaves_some_of_its_blocks_and_a_cached_one_stays_cached():
+    b = books()
+    names = prefix_hashes(range(8), 4)
+    b.grow("s", 0, 3)
+    for i, name in enumerate(names):
+        b.seal("s", 4 * i, name)
+    b.share("t", names)
+    assert b.leave("t", 0, 1) is None and b.match(names) == (2, 0)
+    assert b.leave("s", 0, 2) is None and b.holding("s").firsts == [8]
+    assert b.match(names) == (2, 1) and b.room == 6
+    for first, blocks in ((0, 1), (8, 2), (9, 1)):
+        assert isinstance(b.leave("s", first, blocks), Refused)
+    assert b.leave("s", 8, 1) is None and b.holders() == ["t"]
+    b.check()
+
+
+def test_what_an_owner_does_not_name_is_let_go():
+    b = books()
+    b.lend("x", 6, 1.0, "1")
+    b.grow("s", 0, 3, "x")
+    b.grow("t", 0, 2, "x")
+    b.grow("mine", 0, 1)
+    b.keep({"s": {0, 8, 12}}, "x")
+    assert b.holding("s", "x").firsts == [0, 8] and b.holders("x") == ["s"] and b.holders() == ["mine"]
+    b.check()

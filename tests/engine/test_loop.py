@@ -61,10 +61,16 @@ class Bench:
         )
 
     def submit(
-        self, id: str, prompt: list[int], eos: tuple[int, ...] = (), arrival: float = 0.0, **sampling: Any
+        self,
+        id: str,
+        prompt: list[int],
+        eos: tuple[int, ...] = (),
+        arrival: float = 0.0,
+        already: tuple[int, ...] = (),
+        **sampling: Any,
     ) -> None:
         wanted = Sampling(**{"temperature": 0.0, "max_tokens": 4, **sampling})
-        self.engine.inbox.put(Submit(Request(id, tuple(prompt), wanted, arrival, eos)))
+        self.engine.inbox.put(Submit(Request(id, tuple(prompt), wanted, arrival, eos, already=already)))
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
@@ -86,6 +92,21 @@ def test_one_request_by_hand():
     assert b.of("s") == ([6, 2, 4, 8], "length")
     assert b.runner.computed == [("s", 0, 3), ("s", 3, 4), ("s", 4, 5), ("s", 5, 6)]
     assert b.memory.blocks.room == 8
+
+
+@pytest.mark.parametrize("sampling", [{}, {"min_tokens": 4, "stop_token_ids": (4,)}, {"stop_token_ids": (4,)}])
+def test_a_request_goes_on_after_what_another_worker_produced(sampling: dict[str, Any]):
+    whole = Bench()
+    whole.submit("s", [1, 2, 3], **sampling)
+    whole.turn(4)
+    tokens, reason = whole.of("s")
+    for count in range(1, len(tokens)):
+        b = Bench()
+        b.submit("s", [1, 2, 3], already=tuple(tokens[:count]), **sampling)
+        b.turn(4)
+        assert b.of("s") == (tokens[count:], reason)
+        assert b.runner.computed[0] == ("s", 0, 3 + count)
+        assert b.memory.blocks.room == 8
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_a_decode():

@@ -1,0 +1,117 @@
+"""The moves of one engine: blocks of running sequences that go to another node beside the steps.
+
+Theory of operation. A move is reserve, copy, switch, free. Between two steps `reserve` chooses among the wishes, and
+holds blocks at the other end: staged, so that no question sees them. The plans of the step say what to take and give,
+and the blocks travel layer by layer with the questions and answers. Only after the whole pass succeeded, `switch` makes
+them the sequence's, changes its layout, and lets go of the source: at home at once, at a lender by the next plan. A
+pass that failed calls `abandon`: nothing was changed, and all wishes are forgotten, because the world is another. What
+a lender did not hear is mended when the conversation opens again.
+
+A lender may want blocks back. Nothing new goes to it then, and what lies there comes home as far as there is room;
+where there is none, the youngest sequence that lies there gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from infinillm.core.blocks import OWN
+from infinillm.core.layout import moved
+from infinillm.core.moves import Wish, choose, pick
+from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.request import Sequence as Running
+from infinillm.core.types import Move, NodeId, SeqId
+from infinillm.pool.borrow import Lenders
+from infinillm.pool.memory import Memory
+from infinillm.telemetry import Metrics, log
+
+
+class Moves:
+    """See the theory of operation above. `most`: tokens that may move beside one step, rounded up to whole blocks."""
+
+    def __init__(self, home: NodeId, memory: Memory, lenders: Lenders, most: int, metrics: Metrics):
+        self.home, self.memory, self.lenders, self.metrics = home, memory, lenders, metrics
+        self.most = -(-most // memory.blocks.block_size)
+        self.wishes: tuple[Wish, ...] = ()
+        self.now: tuple[Move, ...] = ()  # of the step in hand
+        self.done: tuple[Move, ...] = ()  # sources that are lenders and have not heard yet that they may let go
+
+    def wish(self, move: Move, reason: str) -> None:
+        self.wishes = (*self.wishes, Wish(move, reason))
+
+    def hear(self, said: MoveBlocks, sequence: Running | None) -> None:
+        """Choose which blocks: the first that could move now. An order takes the place of an earlier one like it."""
+        like = (said.seq, said.source, said.target)
+        self.wishes = tuple(wish for wish in self.wishes if wish.move[:3] != like)
+        for stretch in pick(sequence, said.source, said.blocks, self.memory.blocks.block_size):
+            self.wish(Move(said.seq, said.source, said.target, stretch.first, stretch.blocks), said.reason)
+
+    def repay(self, running: Sequence[Running]) -> list[Running]:
+        """Wish home what lenders want back; returns who has to give way for it. The caller holds the locks."""
+        give_way: list[Running] = []
+        for node, owed in self.lenders.owed().items():
+            there = [s for s in reversed(running) if any(span.node == node for span in s.layout)]
+            if not there or any(wish.move.source == node for wish in self.wishes):
+                continue
+            room = min(owed, self.memory.blocks.room, owed * self.most)
+            if room < 1 and there[0] not in give_way:
+                give_way.append(there[0])
+            for sequence in there:
+                for stretch in pick(sequence, node, room, self.memory.blocks.block_size):
+                    self.wish(Move(sequence.id, node, self.home, stretch.first, stretch.blocks), "recalled")
+                    room -= stretch.blocks
+        return give_way
+
+    def reserve(self, running: Sequence[Running]) -> None:
+        """Choose what moves beside this step, and hold room for it. The caller holds the locks of both books."""
+        self.done = tuple(move for move in self.done if self.lenders.hears(move.source))
+        if not self.wishes:
+            return
+        blocks, room = self.memory.blocks, self.lenders.room()
+        chosen = choose(
+            self.wishes, {s.id: s for s in running}, {self.home: blocks.room, **room}, self.most, blocks.block_size
+        )
+        for wish, reason in chosen.refused:
+            log("move_refused", request=wish.move.seq, target=wish.move.target, reason=reason, wish=wish.reason)
+        for move in chosen.moves:
+            if move.target == self.home:
+                refused = blocks.stage(*move.stretch)
+                assert refused is None, refused
+            else:
+                self.lenders.stage(move.target, move.stretch)
+        self.wishes, self.now = chosen.wishes, chosen.moves
+
+    def switch(self, sequences: Mapping[SeqId, Running], names: Mapping[SeqId, Sequence[bytes]]) -> None:
+        """The pass succeeded: what was copied is the sequence's, and its sources let go."""
+        if not self.now and not self.done:
+            return
+        blocks, size = self.memory.blocks, self.memory.blocks.block_size
+        with self.memory.lock, self.lenders.lock:
+            self.lenders.adopt()
+            self.memory.adopt([move.stretch for move in self.now if move.target == self.home])
+            for move in self.now:
+                sequence = sequences[move.seq]
+                sequence.layout = moved(sequence.layout, move, size)
+                if move.source == self.home:
+                    blocks.leave(*move.stretch)
+                else:
+                    self.lenders.leave(move.source, move.stretch)
+                    for i in range(move.first // size, min(move.first // size + move.blocks, len(names[move.seq]))):
+                        blocks.seal(move.seq, i * size, names[move.seq][i])
+        for move in self.now:
+            log("moved", request=move.seq, tokens=move.blocks * size, source=move.source, target=move.target)
+            direction = "home" if move.target == self.home else "away"
+            self.metrics.add("moved_tokens_total", move.blocks * size, direction=direction)
+        self.done, self.now = tuple(move for move in self.now if move.source != self.home), ()
+
+    def abandon(self) -> None:
+        """The pass failed, and the conversations it used were ended: nothing moved, and nobody has to be told."""
+        with self.memory.lock, self.lenders.lock:
+            self.memory.blocks.abandon(OWN)
+            self.lenders.abandon()
+        self.wishes, self.now, self.done = (), (), ()
+
+    def forget(self, seq: SeqId) -> None:
+        """A sequence is over, or begins anew."""
+        self.wishes = tuple(wish for wish in self.wishes if wish.move.seq != seq)
+        self.done = tuple(move for move in self.done if move.seq != seq)

@@ -1,0 +1,141 @@
+"""Recall: a lender gets its memory back, from home's room or from the youngest that lies there, within its patience."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from infinillm.core.types import Span
+from infinillm.pool.answer import PoolService
+from tests import tiny
+from tests.cluster import Cluster
+from tests.pool.test_fences import lend, lending
+from tests.pool.test_moves import counted, layout, moved, start
+from tests.pool.test_placement import LENGTH, OUTPUT, agree, decoder, truth
+
+
+def recall(cluster: Cluster, blocks: int) -> None:
+    """b recalls; returns when a has heard it."""
+    cluster.loop.call_soon_threadsafe(cluster.peers["b"].service.recall, blocks)
+    assert cluster.heard.wait(10)  # type: ignore[attr-defined]
+
+
+def listening(cluster: Cluster) -> Cluster:
+    """The cluster, before its first loan, so that a test can wait for a recall to be heard."""
+    lenders, heard = cluster.home.lenders, threading.Event()
+    hear = lenders.recalled
+
+    def told(node: str, blocks: int) -> None:
+        hear(node, blocks)
+        heard.set()
+
+    lenders.recalled = told  # type: ignore[method-assign]
+    cluster.heard = heard  # type: ignore[attr-defined]
+    return cluster
+
+
+def tidy(cluster: Cluster) -> None:
+    """What a worker does twice a second; nothing is idle for so long."""
+    cluster.wait(cluster.home.lenders.give_back_idle(1e9))
+
+
+def lent(cluster: Cluster) -> int:
+    return cluster.peers["b"].memory.blocks.lent
+
+
+def test_what_is_not_used_comes_back_at_once_and_is_not_used_meanwhile():
+    with Cluster(decoder("llama"), {"a": 30, "b": 20}) as cluster:
+        listening(cluster).lend("b", 12)
+        tidy(cluster)
+        assert lent(cluster) == 12
+        recall(cluster, 5)
+        assert cluster.home.lenders.room() == {"b": 7} and cluster.home.lenders.owed() == {}
+        tidy(cluster)
+        assert lent(cluster) == 7 and cluster.home.lenders.room() == {"b": 7}
+        cluster.heard.clear()  # type: ignore[attr-defined]
+        cluster.peers["b"].service.expire(0.0)
+        recall(cluster, 99)
+        tidy(cluster)
+        assert lent(cluster) == 0 and not cluster.home.lenders.accounts
+        cluster.settle()
+
+
+def test_what_is_used_moves_home_and_nothing_is_computed_twice():
+    with Cluster(decoder("llama"), {"a": 30, "b": 20}, moves=16) as cluster:
+        cluster.home.memory.blocks.grow("somebody", 0, 20)
+        listening(cluster).lend("b", 12)
+        start(cluster, 4)
+        assert layout(cluster) == (Span("a", 0, 80), Span("b", 80, 160))
+        cluster.home.memory.blocks.release("somebody")
+        recall(cluster, 8)
+        for _ in range(5):
+            cluster.turn()
+            tidy(cluster)
+        assert layout(cluster)[0] == Span("a", 0, 80 + 6 * 8) and cluster.home.lenders.owed() == {}
+        assert lent(cluster) == 4 and moved(cluster, "home") == 6 * 8
+        cluster.peers["b"].service.expire(1e-9)
+        assert not cluster.peers["b"].service.recalls and lent(cluster) == 4
+        agree(cluster.finish()["s"], truth("llama"))
+        assert counted(cluster, "infinillm_step_tokens_sum") == LENGTH + OUTPUT - 1
+        assert counted(cluster, "infinillm_preemptions_total") == 0
+        cluster.settle()
+
+
+def test_where_home_has_no_room_the_youngest_that_lies_there_gives_way():
+    with Cluster(decoder("llama"), {"a": 24, "b": 40}, share=False) as cluster:
+        listening(cluster).lend("b", 30)
+        for seed, id in enumerate(("s", "t"), 1):
+            cluster.submit(tiny.prompt(LENGTH, seed), id=id, arrival=float(seed), max_tokens=OUTPUT, logprobs=0)
+        while len(cluster.home.outputs) < 6:
+            cluster.turn()
+        assert cluster.home.memory.blocks.room == 0
+        recall(cluster, 30)
+        cluster.turn()
+        assert [s.id for s in cluster.engine.waiting] == ["t"]
+        while lent(cluster):
+            cluster.turn()
+            tidy(cluster)
+        assert "s" in cluster.engine.sequences  # its last block moved home as soon as it was full
+        got = cluster.finish()
+        for seed, id in enumerate(("s", "t"), 1):
+            agree(got[id], truth("llama", seed=seed))
+        assert counted(cluster, "infinillm_preemptions_total") == 1
+        cluster.settle()
+
+
+def test_a_borrower_that_returns_nothing_loses_its_loan_and_only_what_was_recalled_counts():
+    async def test(client: Any, service: PoolService) -> None:
+        now = 1000.0
+        service.clock = lambda: now
+        one = (await lend(client, "1")).loan
+        other = (await lend(client, "1", borrower="c")).loan
+        await lend(client, "1", other.id, "c")
+        service.recall(4)
+        service.recall(4)
+        assert set(service.recalls) == {other.id}
+        refused = (await lend(client, "1", other.id, "c")).refused
+        assert refused == "b wants blocks back from c"
+        now += service.patience - 1
+        service.expire(0.0)
+        assert set(service.memory.blocks.loans) == {"a", "c"}
+        now += 1
+        service.expire(0.0)
+        assert [loan.id for loan in service.memory.blocks.loans.values()] == [one.id] and service.recalls == {}
+
+    lending(test)
+
+
+def test_a_recall_is_over_once_enough_came_back():
+    async def test(client: Any, service: PoolService) -> None:
+        now = 1000.0
+        service.clock = lambda: now
+        loan = (await lend(client, "1")).loan.id
+        service.recall(2)
+        await asyncio.to_thread(service.memory.blocks.give_back, "a", 2)
+        now += service.patience + 1
+        service.expire(0.0)
+        assert service.memory.blocks.loans["a"].blocks == 1
+        assert (await lend(client, "1", loan)).loan.blocks == 4
+
+    lending(test)
