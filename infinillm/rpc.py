@@ -39,14 +39,17 @@ _BY_NAME = {error.__name__: error for error in errors.tree()}
 _BY_STATUS = {error.grpc_status: error for error in reversed(errors.tree())}  # the parent wins over its children
 
 # A peer that stopped (not died: a dead one is noticed at once) is noticed after time + ping timeout; without the latter
-# gRPC waits a minute. A peer that restarts is found again within a second.
+# gRPC waits a minute. Pings are answered beside the threads that compute: who is busy is not silent. A peer that
+# restarts is found again within a second; an attempt to connect may take as long as the least backoff.
+_SILENCE = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+_AMONG_US = tuple(zip(_SILENCE, (1000, 1500, 1500), strict=True))
+_WITH_STRANGERS = tuple(zip(_SILENCE, (10000, 5000, 5000), strict=True))
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_time_ms", 3000),
-    ("grpc.keepalive_timeout_ms", 4000),
-    ("grpc.http2.ping_timeout_ms", 4000),
+    *_AMONG_US,
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
     ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
@@ -54,9 +57,6 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 10000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.ping_timeout_ms", 5000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
@@ -213,7 +213,7 @@ class _Health:
 
 
 class Server:
-    """A grpc.aio server for some services, with health and reflection."""
+    """A grpc.aio server for some services, with health and reflection. A `public` one bears silent clients longer."""
 
     def __init__(
         self,
@@ -222,10 +222,12 @@ class Server:
         services: Sequence[tuple[ServiceDescriptor, object]],
         extra_handlers: Sequence[grpc.GenericRpcHandler] = (),
         max_message: int = INTERNAL_MESSAGE_BYTES,
+        public: bool = False,
     ):
         self.host, self.port = host, port
         options = [
             *_SERVER_OPTIONS,
+            *(_WITH_STRANGERS if public else _AMONG_US),
             ("grpc.max_receive_message_length", max_message),
             ("grpc.max_send_message_length", max(max_message, INTERNAL_MESSAGE_BYTES)),
         ]

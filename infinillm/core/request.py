@@ -12,6 +12,7 @@ MOST_LOGPROBS = 20
 MOST_STOP_TOKENS = 1024
 MOST_SEQUENCES = 16
 MOST_BIASES = 1024
+MOVED = "moved"  # the finish reason of a request that a worker hands over: it is to go on elsewhere
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -87,10 +88,14 @@ class Request:
     eos_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # prefixes are shared only among requests with the same salt
     seed: int = 0  # the caller's, or one drawn when the request was accepted
+    already: tuple[int, ...] = ()  # output that another worker produced: it counts as produced
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise BadRequest("prompt must have at least one token", field="prompt")
+        if self.already and len(self.already) >= self.sampling.max_tokens:
+            most = self.sampling.max_tokens
+            raise BadRequest(f"{len(self.already)} of {most} tokens exist already: none is left", field="already")
 
     @property
     def longest(self) -> int:

@@ -72,6 +72,7 @@ class Gateway:
             settings.grpc_port,
             [(INFERENCE, InferenceService(self.inference))],
             max_message=settings.max_body_bytes,
+            public=True,
         )
         grpc_port = await self.grpc.start()
         self.pool.start()

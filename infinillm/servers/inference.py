@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from infinillm import rpc, wire
-from infinillm.core.request import Sampling
+from infinillm.core.request import MOVED, Sampling
 from infinillm.core.types import TokenLogprob
 from infinillm.errors import (
     BadRequest,
@@ -26,12 +26,12 @@ from infinillm.errors import (
 )
 from infinillm.model.tokenizer import Detokenizer, Tokenizer
 from infinillm.protos import shard_pb2
-from infinillm.servers.inference_pool import Pool
+from infinillm.servers.inference_pool import Place, Pool
 from infinillm.servers.inference_text import Transcript
 from infinillm.telemetry import Metrics, log
 
 SILENCE_SECONDS = 1800.0  # between two messages of a worker; prompts are computed, and queues waited in, silently
-MOST_TRIES = 3  # workers asked before the first token
+MOST_LOSSES = 3  # workers that may be lost to one sequence and replaced; those that hand it over do not count
 MOST_STOP_STRINGS, MOST_STOP_CHARS = 16, 1000
 SHORT_TEXT = 1024  # characters that are tokenised faster than handed to a thread
 TOKENISING_THREADS = 2
@@ -217,7 +217,7 @@ class Inference:
                     return
 
     async def _messages(self, ask: Ask) -> AsyncGenerator[shard_pb2.ShardGenerateResponse, None]:
-        """What the worker says. One that is lost before it said anything is replaced by another."""
+        """What the worker says. One that is lost is replaced by another, which goes on after the tokens there are."""
         request = shard_pb2.ShardGenerateRequest(
             id=ask.id,
             prompt=ask.prompt,
@@ -225,32 +225,56 @@ class Inference:
             eos_ids=self.tokenizer.eos_ids,
             cache_salt=ask.cache_salt,
         )
-        most = ask.sampling.max_tokens
-        least = max(ask.sampling.min_tokens, 1) if ask.elastic else most
-        tried: list[str] = []
+        gone: list[str] = []  # nodes that left the sequence since its last token
+        losses = 0
         failure: InfinillmError | None = None
         while True:
-            try:
-                place = await self.pool.route(len(ask.prompt), len(ask.prompt) + least, tried)
-            except InfinillmError as error:
-                raise failure or error from None
-            request.sampling.max_tokens = max(least, min(most, place.reach - len(ask.prompt)))
-            self.pool.note(ask.request, ask.index, place)
-            heard = False
+            place = await self._place(ask, request, gone, failure)
+            moved = False
             try:
                 async with aclosing(_heard(self.pool.shard(place.address).Generate(request), place.node)) as stream:
                     async for message in stream:
-                        heard = True
+                        if moved := message.finish_reason == MOVED:
+                            raise Unavailable(f"worker {place.node} is draining")
+                        if request.already:
+                            message.cached_tokens = 0  # the first worker has told
                         yield message
                         if message.finish_reason:
                             return
+                        request.already.extend(message.tokens)
+                        request.sampling.ClearField("prompt_logprobs")
+                        gone.clear()
                 raise Unavailable(f"worker {place.node} ended the stream without a reason")
             except (Unavailable, Overloaded) as error:
-                if heard or len(tried) + 1 >= MOST_TRIES:
-                    raise
                 failure = error
-                tried.append(place.node)
-                log("request_rerouted", request=ask.id, node=place.node, reason=error.message)
+                gone.append(place.node)
+                losses += not moved
+                if losses > MOST_LOSSES:
+                    raise
+                self.metrics.add("resubmissions_total", reason="moved" if moved else "lost")
+                said = len(request.already)
+                log("request_resubmitted", request=ask.id, node=place.node, tokens=said, reason=error.message)
+
+    async def _place(
+        self,
+        ask: Ask,
+        request: shard_pb2.ShardGenerateRequest,
+        gone: Sequence[str],
+        failure: InfinillmError | None,
+    ) -> Place:
+        """Who is to serve a sequence from here on, as long as it may become there. Raises why nobody can."""
+        prompt, already, most = len(ask.prompt), len(request.already), ask.sampling.max_tokens
+        least = max(ask.sampling.min_tokens, already + 1, 1) if ask.elastic else most
+        try:
+            place = await self.pool.route(prompt + already, prompt + least, gone)
+        except InfinillmError as error:
+            if failure is not None and already:
+                lost = f"{failure.message} (after {already:,} tokens)"
+                raise Unavailable(f"{lost}; nobody else can go on: {error.message}") from None
+            raise failure or error from None
+        request.sampling.max_tokens = max(least, min(most, place.reach - prompt))
+        self.pool.note(ask.request, ask.index, place)
+        return place
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
@@ -276,7 +300,7 @@ async def _heard(stream: rpc.Stream, node: str) -> AsyncGenerator[Any, None]:
     except Cancelled:
         if loop.time() >= alarm.when():
             raise DeadlineExceeded(f"worker {node} said nothing for {SILENCE_SECONDS:g} seconds") from None
-        raise
+        raise Unavailable(f"worker {node} broke off") from None  # not we: whoever leaves closes the generator
     finally:
         alarm.cancel()
         stream.cancel()

@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from infinillm import wire
-from infinillm.core.request import Request
+from infinillm.core.request import MOVED, WAITING, Request
 from infinillm.core.types import SeqId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Cancel, Output, Submit
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, Unavailable
 from infinillm.model import sampler
 from infinillm.protos import shard_pb2 as pb
+from infinillm.telemetry import log
 
 SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
 
@@ -50,6 +51,18 @@ class ShardService:
         """End everything that runs, at once, with this error."""
         self._deliver([Output(name, error=error) for name in self.streams])
 
+    def hand_over(self, *, waiting: bool) -> int:
+        """Tell all callers, or those who wait for their first step, to go on elsewhere. Returns how many."""
+        moved = [name for name in self.streams if not waiting or self._waits(name)]
+        if moved:
+            log("handed_over", requests=len(moved), waiting=waiting)
+        self._deliver([Output(name, finish_reason=MOVED) for name in moved])
+        return len(moved)
+
+    def _waits(self, name: SeqId) -> bool:
+        found = self.engine.placement(name)
+        return found is None or found[0] == WAITING
+
     async def Generate(self, request: pb.ShardGenerateRequest, call: Any) -> AsyncIterator[pb.ShardGenerateResponse]:
         if self.draining:
             raise Unavailable("the worker is draining")
@@ -59,11 +72,14 @@ class ShardService:
         if (waiting := len(self.streams) - running) >= self.max_waiting:
             most = f"at most {self.max_waiting:,} may wait (--max-waiting)"
             raise Overloaded(f"{waiting:,} requests wait at this worker and {running:,} run; {most}")
-        if not request.id or request.id in self.streams:
-            raise BadRequest(f"id {request.id!r} is empty or in use", field="id")
-        prompt = tuple(request.prompt)
-        if prompt and max(prompt) >= self.vocabulary:
-            raise BadRequest(f"token {max(prompt)} is beyond the vocabulary of {self.vocabulary}", field="prompt")
+        if not request.id:
+            raise BadRequest("id must be set", field="id")
+        if request.id in self.streams:  # it was moved away and comes back before we noticed
+            raise Unavailable(f"request {request.id!r} runs here still")
+        prompt, already = tuple(request.prompt), tuple(request.already)
+        for field, tokens in (("prompt", prompt), ("already", already)):
+            if tokens and max(tokens) >= self.vocabulary:
+                raise BadRequest(f"token {max(tokens)} is beyond the vocabulary of {self.vocabulary}", field=field)
         sampling = wire.sampling_from_wire(request.sampling)
         sampler.check(sampling, self.vocabulary, tuple(request.eos_ids))
         wanted = Request(
@@ -74,21 +90,22 @@ class ShardService:
             tuple(request.eos_ids),
             request.cache_salt,
             secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            already,
         )
         stream: asyncio.Queue[Output] = asyncio.Queue()
         self.streams[request.id] = stream
         self.engine.inbox.put(Submit(wanted))
-        over = False
+        reason = ""
         try:
-            while not over:
+            while not reason:
                 output = await stream.get()
-                over = bool(output.finish_reason) or output.error is not None
                 if output.error is not None:
                     raise output.error
+                reason = output.finish_reason
                 yield _response(output)
         finally:
             del self.streams[request.id]
-            if not over:
+            if reason in ("", MOVED):
                 self.engine.inbox.put(Cancel(request.id))
 
     async def Placement(self, request: pb.PlacementRequest, call: Any) -> pb.PlacementResponse:

@@ -51,6 +51,7 @@ class Stream:
     def __init__(self, reply: httpx.Response):
         self.reply, self.id, self.tokens, self.finish_reason = reply, reply.headers.get("x-request-id", ""), [], ""
         self.error: dict[str, Any] | None = None
+        self.logprobs: list[float] = []
         self.over = False
 
     tokens: list[int]
@@ -68,6 +69,7 @@ class Stream:
         self.id = said["id"]
         for choice in said["choices"]:
             self.tokens += choice["token_ids"]
+            self.logprobs += (choice["logprobs"] or {}).get("token_logprobs", ())
             self.finish_reason = choice["finish_reason"] or self.finish_reason
 
     @property

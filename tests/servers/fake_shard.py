@@ -47,7 +47,7 @@ def _scored(token: int, count: int, size: int) -> types_pb2.TokenLogprob:
 
 
 class FakeShard:
-    """Says `script(prompt)`, token by token, then the end token; keeps what it was asked."""
+    """Says `script(prompt)`, token by token, but what exists already, then the end token; keeps what it was asked."""
 
     def __init__(self, id: str):
         self.id, self.address = id, ""
@@ -62,6 +62,7 @@ class FakeShard:
         self.script: Callable[[list[int]], list[int]] = lambda prompt: encode(TEXT)
         self.hold_after: int | None = None  # tokens, then wait until `release` is set
         self.release = asyncio.Event()
+        self.move_after: int | None = None  # tokens, then hand over
         self.fail_after: int | None = None  # tokens, then fail with `failure`
         self.failure: InfinillmError = Unavailable("the worker is gone")
         self.batch = 1  # tokens in one message
@@ -95,7 +96,7 @@ class FakeShard:
         if not sampling.max_tokens:
             yield shard_pb2.ShardGenerateResponse(prompt_logprobs=scored, finish_reason="length")
             return
-        said = 0
+        said = len(request.already)
         tokens = [*self.script(prompt), self.eos]
         while said < len(tokens):
             part: list[int] = []
@@ -120,6 +121,9 @@ class FakeShard:
             )
             scored = []
             if reason:
+                return
+            if self.move_after is not None and said >= self.move_after:
+                yield shard_pb2.ShardGenerateResponse(finish_reason="moved")
                 return
             if self.fail_after is not None and said >= self.fail_after:
                 raise self.failure

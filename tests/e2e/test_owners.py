@@ -1,0 +1,102 @@
+"""The worker that owns a request dies, stands still or leaves in mid-stream: the client sees the same tokens."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.e2e import client
+from tests.e2e.client import Stream
+from tests.e2e.conftest import truth
+from tests.e2e.processes import Cluster, until
+
+LENGTH, COUNT, MORE = 120, 150, 250  # tokens; one worker holds them
+NOTICED_SECONDS = 3.0
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+PENALISED: dict[str, Any] = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
+
+
+def owner(pool: Cluster, stream: Stream) -> str:
+    (sequence,) = pool.get(f"/v1/requests/{stream.id}/placement")["data"]
+    return str(sequence["node"])
+
+
+def resubmitted(pool: Cluster) -> list[dict[str, Any]]:
+    return [event for event in pool.gateway.events if event["event"] == "request_resubmitted"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, SAMPLED, {**SAMPLED, **PENALISED, "min_tokens": 100}, {"logprobs": 2}],
+    ids=["greedy", "seeded", "penalised", "logprobs"],
+)
+def test_an_owner_that_is_killed(pool: Cluster, more: dict[str, Any]) -> None:
+    prompt = tiny.prompt(LENGTH, 31)
+    with client.streaming(pool.url, prompt, COUNT, **more) as whole:
+        whole.finish()
+    already = len(resubmitted(pool))
+    with client.streaming(pool.url, prompt, COUNT, **more) as stream:
+        stream.read(20)
+        home = owner(pool, stream)
+        pool.workers[home].kill()
+        got = stream.finish()
+    (event,) = resubmitted(pool)[already:]
+    assert (event["node"], event["request"]) == (home, f"{got.id}-0")
+    assert 20 <= event["tokens"] < COUNT
+    assert (got.error, got.finish_reason, len(got.tokens)) == (None, "length", COUNT)
+    assert got.tokens == whole.tokens
+    assert stream.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
+    assert len(stream.logprobs) == (COUNT if "logprobs" in more else 0)
+    assert owner(pool, stream) != home
+    pool.start_worker_again(home)
+
+
+def test_an_owner_that_stands_still_is_noticed_and_says_nothing_when_it_wakes(pool: Cluster) -> None:
+    prompt, want = truth(LENGTH, 32, COUNT)
+    already = len(resubmitted(pool))
+    with client.streaming(pool.url, prompt, COUNT) as stream:
+        stream.read(20)
+        home = owner(pool, stream)
+        pool.workers[home].signal(signal.SIGSTOP)
+        try:
+            until(lambda: resubmitted(pool)[already:], f"{home} is given up", NOTICED_SECONDS)
+        finally:
+            pool.workers[home].signal(signal.SIGCONT)
+        got = stream.finish()
+    assert (got.error, got.tokens) == (None, want)
+    until(lambda: len(pool.ledger().nodes) == 3, "it is a member again", 15)
+
+
+def test_an_owner_that_is_told_to_end_finishes_what_it_can(pool: Cluster) -> None:
+    prompt, want = truth(LENGTH, 32, COUNT)
+    already = len(resubmitted(pool))
+    with client.streaming(pool.url, prompt, COUNT) as stream:
+        stream.read(20)
+        home = pool.workers[owner(pool, stream)]
+        home.signal(signal.SIGTERM)
+        got = stream.finish()
+    assert (got.error, got.tokens, resubmitted(pool)[already:]) == (None, want, [])
+    assert home.wait() == 0, home.last_words
+    pool.start_worker_again(home.name)
+
+
+def test_an_owner_that_is_told_to_end_in_a_hurry_hands_over(pool: Cluster) -> None:
+    prompt, want = truth(LENGTH, 33, MORE)
+    already = len(resubmitted(pool))
+    with client.streaming(pool.url, prompt, MORE) as stream:
+        stream.read(5)
+        home = pool.workers[owner(pool, stream)]
+        home.signal(signal.SIGTERM)
+        until(lambda: pool.books(home.name).node.draining, "it drains", 5)
+        home.signal(signal.SIGTERM)
+        got = stream.finish()
+    assert (got.error, got.tokens) == (None, want)
+    (event,) = resubmitted(pool)[already:]
+    assert (event["node"], event["reason"]) == (home.name, f"worker {home.name} is draining")
+    assert home.wait() == 0, home.last_words
+    (told,) = [event for event in home.events if event["event"] == "handed_over"]
+    assert told["requests"] == 1
+    pool.start_worker_again(home.name)
