@@ -104,6 +104,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ((_rate("loan_operations_total", "operation"), "{{operation}}"),),
             ),
             Panel(
+                "Live moves",
+                "short",
+                "Tokens per second whose K/V went to another node while their request ran: home, or away from it.",
+                ((_rate("moved_tokens_total", "node, direction"), "{{node}} {{direction}}"),),
+            ),
+            Panel(
                 "Used by node",
                 "short",
                 "Blocks each node's own memory holds for running requests.",
@@ -189,6 +195,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "reqps",
                 "By route and status.",
                 ((_rate("http_requests_total", "route, status"), "{{status}} {{route}}"),),
+            ),
+            Panel(
+                "Resubmissions",
+                "ops",
+                "Requests that went on at another worker, because theirs was lost or handed them over.",
+                ((_rate("resubmissions_total", "reason"), "{{reason}}"),),
             ),
             Panel(
                 "Preemptions",

@@ -60,6 +60,13 @@ Any number of gateways may serve one cluster. The interactive API documentation 
 example, in an image or on a machine that will be offline:
   infinillm prepare HuggingFaceTB/SmolLM2-135M-Instruct
 """,
+    "profile": """\
+examples, on the machine of a worker and with its settings:
+  infinillm profile HuggingFaceTB/SmolLM2-135M-Instruct --out profile.json
+  infinillm profile --lender 10.0.0.3:7001     the way to that worker, instead of to a process beside us
+then:
+  infinillm serve --policy proactive --profile profile.json
+""",
     "chat": """\
 examples:
   infinillm chat
@@ -111,6 +118,7 @@ class Command:
 
 COMMANDS = {
     "serve": Command(config.Serve, _console("serve")),
+    "profile": Command(config.Profile, _console("profile")),
     "chat": Command(config.Chat, _console("chat")),
     "top": Command(config.Top, _console("top")),
     "demo": Command(config.Demo, _console("demo")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infinillm import options
+from infinillm.core.cost import Cost, from_plain
+from infinillm.errors import BadRequest
 from infinillm.options import arguments, check, explain, option, parser, sources
 
-__all__ = ["PROCESSES", "arguments", "explain", "load", "parser"]
+__all__ = ["PROCESSES", "arguments", "cost", "explain", "load", "parser"]
 
-POLICIES = ("pooled", "isolated")
+POLICIES = ("pooled", "proactive", "isolated")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PORTS = ("auto", "shm", "tcp", "stream", "collective")
 DEVICES = ("auto", "cpu", "cuda")
@@ -31,9 +34,13 @@ _CACHE = "folder for converted models and compiled kernels; empty: ~/.cache/infi
 _LEVEL = "least level of the events logged to stderr"
 _NAME = "the name clients call the model by; empty: derived from MODEL"
 _PATIENCE = "seconds of silence in the middle of an exchange after which a peer is lost"
+_DRAIN = "seconds a worker told to end has for that; in the last quarter it hands over what still runs"
+_POLICY = "pooled: workers lend each other memory; proactive: ahead of time, too; isolated: none does"
+_PROFILE = "FILE that `infinillm profile` wrote: what {} costs; policy proactive goes by it"
 _URL = "where the gateway answers"
 _BLOCKS = "K/V blocks each worker owns; 0: as many as --kv-memory-gib holds"
 _MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0"
+_MOVES = "most tokens of K/V that move to another node beside one step, in whole blocks; 0: none"
 _BLOCK = "tokens per block; the same in a whole cluster"
 _DTYPE = "of weights and K/V; auto: the model's own"
 _THREADS = "CPU threads of each worker; more than its share of the cores makes it slower, not faster"
@@ -47,8 +54,9 @@ class Controller:
     host: str = option("127.0.0.1", _HOST)
     port: int = option(7000, "port of gRPC; 0 takes a free one", least=0, most=65535)
     metrics_port: int = option(0, _METRICS, least=-1, most=65535)
-    policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
+    policy: str = option("pooled", _POLICY, choices=POLICIES)
     heartbeat_seconds: float = option(0.5, "seconds between two heartbeats of a worker", least=0.01, most=60)
+    profile: str = option("", _PROFILE.format("a worker that brings no profile of its own"))
     log_level: str = option("info", _LEVEL, choices=LEVELS)
     sources: Mapping[str, str] = sources()
 
@@ -73,6 +81,7 @@ class Worker:
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     max_num_batched_tokens: int = option(512, "most tokens computed in one step", least=1, most=2**20)
     max_num_seqs: int = option(64, "most requests computed in one step", least=1, most=65536)
+    move_tokens_per_step: int = option(16, _MOVES, least=0, most=65536)
     max_waiting: int = option(1024, "most requests that wait for their first step", least=1, most=2**20)
     lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
     loan_seconds: float = option(45.0, "seconds until a loan lapses unless it is renewed", least=0.1, most=3600)
@@ -80,7 +89,9 @@ class Worker:
     patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
     threads: int = option(1, _THREADS, least=1, most=1024)
     device: str = option("auto", "where the model runs; auto: cuda if there is one", choices=DEVICES)
+    profile: str = option("", _PROFILE.format("this worker"))
     memory_only: bool = option(False, "own and lend memory, serve no model")
+    drain_seconds: float = option(20.0, _DRAIN, least=0, most=86400)
     metrics_port: int = option(0, _METRICS, least=-1, most=65535)
     cache_dir: str = option("", _CACHE)
     log_level: str = option("info", _LEVEL, choices=LEVELS)
@@ -138,7 +149,8 @@ class Serve:
     dtype: str = option("auto", _DTYPE, choices=DTYPES)
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     served_model_name: str = option("", _NAME)
-    policy: str = option("pooled", "pooled: workers lend each other memory; isolated: none does", choices=POLICIES)
+    policy: str = option("pooled", _POLICY, choices=POLICIES)
+    profile: str = option("", _PROFILE.format("each worker"))
     threads: int = option(0, _SHARED_THREADS, least=0, most=1024)
     port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
     patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
@@ -153,7 +165,13 @@ class Serve:
         check(self)
 
     def controller(self) -> Controller:
-        return Controller(port=0, policy=self.policy, metrics_port=self.metrics_port, log_level=self.log_level)
+        return Controller(
+            port=0,
+            policy=self.policy,
+            profile=self.profile,
+            metrics_port=self.metrics_port,
+            log_level=self.log_level,
+        )
 
     def worker(self, index: int, controller: str) -> Worker:
         return Worker(
@@ -237,15 +255,44 @@ class Demo:
         check(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Measure what a step, a question and a move of K/V cost on this machine, for policy proactive."""
+
+    model: str = option("", _MODEL, positional=True)
+    out: str = option("profile.json", "FILE to write; empty: print it")
+    seconds: float = option(40.0, "seconds to measure for, beside loading and one prompt", least=0, most=3600)
+    lender: str = option("", "HOST:PORT of a worker to ask; empty: one of our own, on this machine")
+    block_size: int = option(16, _BLOCK, least=1, most=1024)
+    dtype: str = option("auto", _DTYPE, choices=DTYPES)
+    threads: int = option(1, _THREADS, least=1, most=1024)
+    device: str = option("auto", "where the model runs; auto: cuda if there is one", choices=DEVICES)
+    cache_dir: str = option("", _CACHE)
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 PROCESSES: dict[str, type[Any]] = {
-    each.__name__.lower(): each for each in (Controller, Worker, Gateway, Serve, Prepare, Chat, Top, Demo)
+    each.__name__.lower(): each for each in (Controller, Worker, Gateway, Serve, Prepare, Profile, Chat, Top, Demo)
 }
-Config = TypeVar("Config", Controller, Worker, Gateway, Serve, Prepare, Chat, Top, Demo)
+Config = TypeVar("Config", Controller, Worker, Gateway, Serve, Prepare, Profile, Chat, Top, Demo)
 
 
 def _cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cost(file: str) -> Cost | None:
+    """The costs in a --profile FILE, none where there is no file. Raises BadRequest."""
+    if not file:
+        return None
+    try:
+        return from_plain(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"profile {file}: {error}", field="profile") from None
 
 
 def load(

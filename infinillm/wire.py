@@ -6,9 +6,13 @@ to the node it is for, so its `Grow.node` is empty on arrival. A value that cann
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 
+from infinillm.core.cost import Cost, from_plain, to_plain
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Sampling
 from infinillm.core.types import (
     AttentionShape,
@@ -17,10 +21,12 @@ from infinillm.core.types import (
     Loan,
     Model,
     Node,
+    NodeId,
     Part,
     Plan,
     SeqId,
     Span,
+    Stretch,
     TokenLogprob,
 )
 from infinillm.errors import BadRequest
@@ -162,6 +168,9 @@ def plan_to_wire(plan: Plan) -> pool_pb2.Plan:
             )
             for p in plan.parts
         ],
+        leave=stretches_to_wire(plan.leave),
+        take=stretches_to_wire(plan.take),
+        give=stretches_to_wire(plan.give),
     )
 
 
@@ -170,7 +179,45 @@ def plan_from_wire(message: pool_pb2.Plan) -> Plan:
         message.step,
         tuple(Grow(g.sequence, "", g.first, g.blocks) for g in message.grow),
         tuple(Part(p.sequence, p.start, p.stop, p.keep_start, p.keep_stop, p.holds) for p in message.parts),
+        stretches_from_wire(message.leave),
+        stretches_from_wire(message.take),
+        stretches_from_wire(message.give),
     )
+
+
+def stretches_to_wire(stretches: Iterable[Stretch]) -> list[pool_pb2.Stretch]:
+    return [pool_pb2.Stretch(sequence=s.seq, first=s.first, blocks=s.blocks) for s in stretches]
+
+
+def stretches_from_wire(messages: Iterable[pool_pb2.Stretch]) -> tuple[Stretch, ...]:
+    return tuple(Stretch(m.sequence, m.first, m.blocks) for m in messages)
+
+
+def move_to_wire(order: MoveBlocks, address: str) -> controller_pb2.MoveBlocks:
+    """`address` is the target's."""
+    return controller_pb2.MoveBlocks(
+        sequence=order.seq,
+        source=order.source,
+        target=order.target,
+        target_address=address,
+        blocks=order.blocks,
+        reason=order.reason,
+    )
+
+
+def move_from_wire(message: controller_pb2.MoveBlocks, home: NodeId) -> MoveBlocks:
+    return MoveBlocks(home, message.sequence, message.source, message.target, message.blocks, message.reason)
+
+
+def cost_to_wire(cost: Cost) -> str:
+    return json.dumps(to_plain(cost))
+
+
+def cost_from_wire(text: str) -> Cost:
+    try:
+        return from_plain(json.loads(text))
+    except ValueError as error:
+        raise BadRequest(f"the profile is not JSON: {error}", field="profile") from None
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------

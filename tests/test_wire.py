@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from infinillm import wire
 from infinillm.core.request import Sampling
-from infinillm.core.types import AttentionShape, Grow, Loan, Model, Node, Part, Plan, Span, TokenLogprob
+from infinillm.core.types import AttentionShape, Grow, Loan, Model, Node, Part, Plan, Span, Stretch, TokenLogprob
 from infinillm.errors import BadRequest
 from infinillm.protos import types_pb2
 
@@ -45,6 +45,7 @@ nodes = st.builds(
     **dict.fromkeys(("blocks", "lendable", "used", "cached", "lent", "borrowed", "wanted"), u64),
 )
 loans = st.builds(Loan, id=names, lender=names, borrower=names, blocks=u64, until=st.floats(0, 1e6), used=u64)
+stretches = st.lists(st.builds(Stretch, seq=names, first=u64, blocks=u32), max_size=3).map(tuple)
 plans = st.builds(
     Plan,
     step=u64,
@@ -52,6 +53,9 @@ plans = st.builds(
     parts=st.lists(
         st.builds(Part, seq=names, start=u64, stop=u64, keep_start=u64, keep_stop=u64, holds=u32), max_size=5
     ).map(tuple),
+    leave=stretches,
+    take=stretches,
+    give=stretches,
 )
 samplings = st.integers(0, 2**31 - 1).flatmap(
     lambda longest: st.builds(

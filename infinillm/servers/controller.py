@@ -9,6 +9,8 @@ on (`settling`) a request that seems too long is told to try again, not that it 
     Heartbeat   from a known node, its present incarnation and this epoch; else `known` is false, or it is Stale
     Creditors   from anybody but an earlier incarnation of a member
     silence     a node not heard for SILENT_BEATS heartbeats has left; nobody is blamed for a sleep of our own
+    plan        every PLAN_BEATS heartbeats the policy may order what nobody asked for; an order goes to the node it
+                concerns with its next heartbeat, and one that was not fetched by the next plan is void
 
 Requests routed since a node's last report are counted as if they were in its queue already, so that a burst spreads.
 """
@@ -19,12 +21,15 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from infinillm import config, rpc, wire
 from infinillm.core import ledger as books
 from infinillm.core import policy as policies
+from infinillm.core.cost import Cost, Costs
 from infinillm.core.ledger import Event, Joined, Left, Lent, Placed, Released, Report, Reported, Returned
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
 from infinillm.errors import BadRequest, Broken, NotFound, Stale, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -33,6 +38,7 @@ from infinillm.telemetry import Metrics, log
 
 CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
 SILENT_BEATS = 6
+PLAN_BEATS = 4  # what a plan set going shows in the ledger by then
 ARRIVAL_SECONDS = 0.1  # a routed request is in its node's queue by then, and so in its next report
 STOP_SECONDS = 1.0
 
@@ -48,8 +54,11 @@ class Controller:
         heartbeat_seconds: float,
         metrics: Metrics,
         clock: Callable[[], float],
+        cost: Cost | None,
     ):
         self.policy, self.heartbeat_seconds, self.metrics, self.clock = policy, heartbeat_seconds, metrics, clock
+        self.costs = Costs(cost)  # `cost` is that of nodes which bring none of their own
+        self.orders: dict[NodeId, list[MoveBlocks]] = {}  # by the home that will carry them out
         self.ledger = Ledger(epoch)
         self.model: Model | None = None  # of the nodes in the ledger; the first to join says
         self.heard: dict[NodeId, float] = {}
@@ -70,7 +79,9 @@ class Controller:
             raise BadRequest(f"{field} is {ours} in this cluster, {theirs} in the node that joins", field=field)
         loans = tuple(wire.loan_from_wire(loan, now) for loan in request.loans)
         report = Report(node, loans, dict(wire.layout_from_wire(layout) for layout in request.layouts))
+        cost = wire.cost_from_wire(request.profile) if request.profile else None
         self.hear([Joined(report)])
+        self._price(node.id, cost)
         self.model = model
         self.heard[node.id] = now
         if 0 < request.epoch < self.ledger.epoch:
@@ -94,7 +105,9 @@ class Controller:
         while promised and promised[0][0] < now - ARRIVAL_SECONDS:
             promised.popleft()
         self.metrics.add("heartbeats_total")
-        return pb.HeartbeatResponse(epoch=epoch, known=True)
+        orders = (o for o in self.orders.pop(request.node, ()) if o.target in self.ledger.nodes)
+        moves = (wire.move_to_wire(order, self.ledger.nodes[order.target].address) for order in orders)
+        return pb.HeartbeatResponse(epoch=epoch, known=True, moves=moves)
 
     async def Leave(self, request: pb.LeaveRequest, call: Any) -> pb.LeaveResponse:
         if self._check_current(request.node, request.incarnation):
@@ -114,8 +127,14 @@ class Controller:
         self.hear([Left(node, reason)])
         self.heard.pop(node, None)
         self.promised.pop(node, None)
+        self.orders.pop(node, None)
+        self._price(node, None)
         self.metrics.remove("heartbeat_age_seconds", node=node)
         log("left", node=node, reason=reason)
+
+    def _price(self, node: NodeId, cost: Cost | None) -> None:
+        own = {name: each for name, each in self.costs.own.items() if name != node}
+        self.costs = replace(self.costs, own=own if cost is None else {**own, node: cost})
 
     def hear(self, events: Iterable[Event]) -> None:
         """Take events in; all of them or, where one cannot be, none. Raises BadRequest."""
@@ -227,6 +246,24 @@ class Controller:
             self.sound = False
         self._measure(now)
 
+    async def plan(self) -> None:
+        """Ask the policy what to order; in a thread, as the ledger is a value and may be large."""
+        if not self.sound or self.settling:
+            return
+        found = await asyncio.to_thread(self.policy.plan, self.ledger, self.costs, self._block_size())
+        self.orders = {}
+        for order in found:
+            if isinstance(order, MoveBlocks):
+                self.orders.setdefault(order.home, []).append(order)
+                log(
+                    "ordered",
+                    request=order.seq,
+                    source=order.source,
+                    target=order.target,
+                    blocks=order.blocks,
+                    reason=order.reason,
+                )
+
     def _measure(self, now: float) -> None:
         nodes, m = self.ledger.nodes.values(), self.metrics
         m.set("controller_epoch", self.ledger.epoch)
@@ -268,6 +305,7 @@ async def run(settings: config.Controller) -> None:
         heartbeat_seconds=settings.heartbeat_seconds,
         metrics=metrics,
         clock=time.monotonic,
+        cost=config.cost(settings.profile),
     )
     told = Told()
     server = rpc.Server(settings.host, settings.port, [(CONTROLLER, controller)])
@@ -278,8 +316,12 @@ async def run(settings: config.Controller) -> None:
     server.set_ready(True)
     ready("controller", id="controller", address=address, metrics=scraped)
     over = asyncio.create_task(told.once.wait())
+    beats = 0
     while not over.done():
         await asyncio.wait([over], timeout=settings.heartbeat_seconds)
         controller.tick()
+        beats += 1
+        if beats % PLAN_BEATS == 0:
+            await controller.plan()
     await server.stop(STOP_SECONDS)
     metrics.close()

@@ -18,7 +18,9 @@ from contextlib import suppress
 import grpc.aio
 
 from infinillm import rpc, wire
+from infinillm.core.cost import Cost
 from infinillm.core.ledger import Joined, Left, Lent, Placed, Released, Report, Reported, Returned, changes
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Model, NodeId, Refused
 from infinillm.errors import BadRequest, InfinillmError, Stale, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -38,10 +40,22 @@ class Superseded(Stale):
 
 
 class Membership:
-    """See the theory of operation above. `report` gives the node's books as they are now, taken in one go."""
+    """See the theory of operation above.
 
-    def __init__(self, controller: str, report: Callable[[], Report], model: Model):
-        self.address, self.report, self.model = controller, report, model
+    report  gives the node's books as they are now, taken in one go
+    cost    what things cost on this node, where that was measured
+    obey    called with what the controller orders this node to move, and the address of the target
+    """
+
+    def __init__(
+        self,
+        controller: str,
+        report: Callable[[], Report],
+        model: Model,
+        cost: Cost | None,
+        obey: Callable[[MoveBlocks, str], None],
+    ):
+        self.address, self.report, self.model, self.cost, self.obey = controller, report, model, cost, obey
         self.told: Report | None = None
         self.epoch = 0
         self.heartbeat_seconds = NO_HEARTBEAT
@@ -144,6 +158,8 @@ class Membership:
                 case Joined() | Left():
                     raise AssertionError(event)
         answer = await self._client().Heartbeat(request, timeout=ANSWER_SECONDS)
+        for each in answer.moves:
+            self.obey(wire.move_from_wire(each, now.node.id), each.target_address)
         return bool(answer.known)
 
     async def _join(self, now: Report) -> None:
@@ -154,6 +170,7 @@ class Membership:
             loans=[wire.loan_to_wire(loan, clock) for loan in now.lent],
             layouts=[wire.layout_to_wire(sequence, layout) for sequence, layout in now.layouts.items()],
             epoch=self.epoch,
+            profile=wire.cost_to_wire(self.cost) if self.cost is not None else "",
         )
         try:
             answer = await self._client().Join(request, timeout=ANSWER_SECONDS)

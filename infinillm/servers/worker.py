@@ -7,6 +7,7 @@ import platform
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Layout, Loan, Model, Node, Refused, SeqId
@@ -37,7 +39,9 @@ from infinillm.transport.lanes import Lanes
 
 TICK_SECONDS = 0.5
 IDLE_LOAN_SECONDS = 2.0
-DRAIN_SECONDS = 20.0
+LOOK_SECONDS = 0.05
+FINISHING = 0.75  # share of a drain in which requests may end by themselves; then they are handed over
+LEAST_RETURN_SECONDS = 1.0  # to give loans back, however late it is
 
 
 class Worker:
@@ -96,6 +100,7 @@ class Worker:
             metrics=self.metrics,
             threads=settings.threads,
         )
+        self.moving: set[asyncio.Task[None]] = set()
         self.engine: Engine | None = None
         self.shard: ShardService | None = None
         services: list[tuple[Any, object]] = [(POOL, self.pool)]
@@ -106,7 +111,12 @@ class Worker:
                 Runner(decoder, settings.threads),
                 self.memory,
                 self.lenders,
-                Budget(settings.max_num_batched_tokens, settings.max_num_seqs, settings.block_size),
+                Budget(
+                    settings.max_num_batched_tokens,
+                    settings.max_num_seqs,
+                    settings.block_size,
+                    settings.move_tokens_per_step,
+                ),
                 publish=lambda outputs: self.shard.publish(outputs) if self.shard else None,
                 borrow=self._borrow,
                 metrics=self.metrics,
@@ -117,7 +127,8 @@ class Worker:
         port = await self.server.start()
         self.address = self.lanes.address = settings.advertise or f"{settings.host}:{port}"
         self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
-        self.membership = Membership(settings.controller, self.report, model)
+        cost = config.cost(settings.profile)
+        self.membership = Membership(settings.controller, self.report, model, cost, self._obey)
         self.tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._tidy())]
         if settings.controller:
             self.tasks.append(asyncio.create_task(self.membership.run()))
@@ -125,30 +136,41 @@ class Worker:
             self.engine.start()
         self.server.set_ready(True)
 
-    async def stop(self, failure: BaseException | None = None) -> None:
-        """Drain: take nothing new, let running requests end, give everything back.
+    async def stop(self, failure: BaseException | None, hurry: asyncio.Event) -> None:
+        """Drain: take nothing new, hand over what waits, let running requests end, hand over the rest, give back loans.
 
-        After a `failure` (a process started later goes by our name, say) they end at once, and are told why.
+        After a `failure` (a process started later goes by our name, say) they end at once, and are told why. `hurry`
+        hands over at once what runs.
         """
+        began = time.monotonic()
+        deadline = began + self.settings.drain_seconds
         self.draining = self.pool.draining = True
         self.server.set_ready(False)
         if self.shard is not None and self.engine is not None:
             self.shard.draining = True
             if failure is not None:
                 self.shard.fail(Unavailable(f"{self.id} ends: {failure}"))
-            deadline = time.monotonic() + DRAIN_SECONDS
-            while self.shard.streams and self.engine.alive and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)
+            self.shard.hand_over(waiting=True)
+            await self._emptied(began + FINISHING * self.settings.drain_seconds, hurry)
+            self.shard.hand_over(waiting=False)
+            await self._emptied(deadline, asyncio.Event())
             await asyncio.to_thread(self.engine.stop)
         if self.settings.controller:
             await self.membership.leave()
-        await self.lenders.close()
-        for task in self.tasks:
+        with suppress(asyncio.TimeoutError):  # what is not given back lapses
+            await asyncio.wait_for(self.lenders.close(), max(deadline - time.monotonic(), LEAST_RETURN_SECONDS))
+        for task in (tasks := [*self.tasks, *self.moving]):
             task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.pool.close()
         await self.server.stop(grace=1.0)
         self.metrics.close()
+
+    async def _emptied(self, deadline: float, hurry: asyncio.Event) -> None:
+        """Wait until no request is left, or until then, or until there is a hurry."""
+        assert self.shard is not None and self.engine is not None
+        while self.shard.streams and self.engine.alive and time.monotonic() < deadline and not hurry.is_set():
+            await asyncio.sleep(LOOK_SECONDS)
 
     # --- what the ledger hears -----------------------------------------------------------------------------------
 
@@ -202,7 +224,25 @@ class Worker:
             answer = Refused(error.message)
         if isinstance(answer, Refused):
             log("borrow_refused", blocks=least, reason=answer.reason)
+            if alone is not None:  # nothing runs here, for lack of what we lent
+                self.pool.recall(least)
         self.engine.inbox.put(Borrowed(answer, alone.id if alone is not None and never else ""))
+
+    def _obey(self, order: MoveBlocks, address: str) -> None:
+        task = asyncio.create_task(self._move(order, address))
+        self.moving.add(task)
+        task.add_done_callback(self.moving.discard)
+
+    async def _move(self, order: MoveBlocks, address: str) -> None:
+        """Reserve at the target, then tell the engine; without a reservation nothing changes."""
+        if self.engine is None:
+            return
+        if order.target != self.id:
+            answer = await self.lenders.borrow(order.blocks, order.blocks, [(order.target, address, order.blocks)])
+            if isinstance(answer, Refused):
+                log("borrow_refused", blocks=order.blocks, reason=answer.reason)
+                return
+        self.engine.inbox.put(order)
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -249,12 +289,12 @@ def _load(path: Path, dtype: str, device: torch.device, body: Any, longest: int 
 
 
 async def run(settings: config.Worker) -> None:
-    """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly."""
+    """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly, a second one in a hurry."""
     worker, told = Worker(settings), Told()
     await worker.start()
     metrics = f"{settings.host}:{worker.metrics_port}" if worker.metrics_port >= 0 else ""
     ready("worker", id=worker.id, address=worker.address, metrics=metrics)
     failure = await told.or_ended(worker.tasks)
-    await worker.stop(failure)
+    await worker.stop(failure, told.again)
     if failure is not None:
         raise failure

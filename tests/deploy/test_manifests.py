@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from infinillm import config, rpc
-from infinillm.servers import gateway, worker
+from infinillm.servers import gateway
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy/kustomize/base"
@@ -108,9 +108,9 @@ def test_probes_ask_health_by_its_names(workload: dict[str, Any]) -> None:
 @pytest.mark.parametrize("workload", WORKLOADS, ids=names)
 def test_a_drain_fits_its_grace(workload: dict[str, Any]) -> None:
     sleep = container_of(workload).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-    drain = {config.Worker: worker.DRAIN_SECONDS, config.Gateway: gateway.DRAIN_SECONDS}.get(
-        type(settings_of(workload)), 0
-    )
+    settings = settings_of(workload)
+    drain = settings.drain_seconds if isinstance(settings, config.Worker) else 0.0
+    drain = gateway.DRAIN_SECONDS if isinstance(settings, config.Gateway) else drain
     assert workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > sleep + drain + DEFAULT_GRACE
 
 

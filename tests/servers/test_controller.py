@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from infinillm import rpc, wire
+from infinillm.core.cost import Cost
 from infinillm.core.ledger import Event, Report, check, rebuild
 from infinillm.core.policy import named
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import AttentionShape, Ledger, Loan, Model, Node, Refused, Span
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Stale, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -41,6 +43,7 @@ class Watched(Controller):
             heartbeat_seconds=BEAT,
             metrics=Metrics("controller"),
             clock=lambda: world.now,
+            cost=None,
         )
 
     def hear(self, events: Iterable[Event]) -> None:
@@ -104,11 +107,15 @@ def node(name: str, blocks: int = 100, **more: Any) -> Node:
 class Member:
     """A worker as its membership sees it."""
 
-    def __init__(self, world: World, report: Report, model: Model = MODEL):
+    def __init__(self, world: World, report: Report, model: Model = MODEL, cost: Cost | None = None):
         self.report = report
-        self.membership = Membership(world.address, lambda: self.report, model)
+        self.orders: list[tuple[MoveBlocks, str]] = []
+        self.membership = Membership(world.address, lambda: self.report, model, cost, self._obey)
         self.task = asyncio.create_task(self.membership.run())
         world.members.append(self)
+
+    def _obey(self, order: MoveBlocks, address: str) -> None:
+        self.orders.append((order, address))
 
     def change(self, **more: Any) -> None:
         self.report = replace(self.report, node=replace(self.report.node, **more))

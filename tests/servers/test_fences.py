@@ -9,6 +9,7 @@ import pytest
 
 from infinillm import config, rpc, wire
 from infinillm.core.ledger import Report
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Sampling
 from infinillm.core.types import Model
 from infinillm.errors import BadRequest, Stale, Unavailable
@@ -19,6 +20,10 @@ from infinillm.servers.membership import Membership, Superseded
 from infinillm.servers.shard import SHARD
 from tests import tiny
 from tests.servers.test_controller import MODEL, SHAPE, SOON, Member, World, beat, join, living, node
+
+
+def _nobody_orders(order: MoveBlocks, address: str) -> None:
+    raise AssertionError(order)
 
 
 def test_a_later_incarnation_supersedes_an_earlier_one() -> None:
@@ -64,7 +69,7 @@ def test_a_member_refused_at_its_first_join_ends_and_one_refused_later_tries_aga
         Member(world, Report(node("a")))
         await world.settled()
         other = replace(MODEL, max_model_len=512)
-        stranger = Membership(world.address, lambda: Report(node("b")), other)
+        stranger = Membership(world.address, lambda: Report(node("b")), other, None, _nobody_orders)
         with pytest.raises(BadRequest, match="max_model_len is 0 in this cluster, 512 in the node that joins"):
             await asyncio.wait_for(stranger.run(), SOON)
         await stranger.leave()

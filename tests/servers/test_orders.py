@@ -1,0 +1,73 @@
+"""What the policy orders without being asked reaches the home it concerns, once, and nobody else."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from infinillm import rpc, wire
+from infinillm.core.ledger import Report
+from infinillm.core.types import Span
+from infinillm.errors import BadRequest
+from infinillm.protos import controller_pb2 as pb
+from tests.core.test_cost import LLAMA_H100
+from tests.servers.test_controller import MODEL, SOON, Member, World, join, living, node
+
+
+def crowded(name: str) -> Report:
+    """A node that one long request fills, while short ones wait."""
+    full = node(name, used=100, running=1, waiting=20, wanted=80)
+    return Report(full, (), {"long": (Span(name, 0, 1600),)})
+
+
+def test_a_home_is_told_to_make_room_on_a_node_that_has_some() -> None:
+    async def test(world: World, client: rpc.Client) -> None:
+        a, b = Member(world, crowded("a"), cost=LLAMA_H100), Member(world, Report(node("b")), cost=LLAMA_H100)
+        await world.settled()
+        await world.controller.plan()
+        await world.until(lambda: bool(a.orders))
+        [(order, address)] = a.orders
+        assert (order.home, order.seq, order.source, order.target, address) == ("a", "long", "a", "b", "127.0.0.1:b")
+        assert 0 < order.blocks <= 90  # what b lends at most
+        assert not b.orders
+        assert not world.controller.orders
+        told = len(world.beats)
+        await world.until(lambda: len(world.beats) > told + 2)
+        assert len(a.orders) == 1  # an order is given once
+
+    living(test, policy="proactive")
+
+
+@pytest.mark.parametrize(("policy", "measured"), [("pooled", True), ("proactive", False)])
+def test_nothing_is_ordered_by_pooled_or_of_nodes_whose_costs_nobody_knows(policy: str, measured: bool) -> None:
+    async def test(world: World, client: rpc.Client) -> None:
+        Member(world, crowded("a"), cost=LLAMA_H100 if measured else None)
+        Member(world, Report(node("b")), cost=LLAMA_H100 if measured else None)
+        await world.settled()
+        await world.controller.plan()
+        assert not world.controller.orders
+
+    living(test, policy=policy)
+
+
+def test_a_node_that_leaves_takes_its_costs_along_and_a_wrong_profile_is_refused_by_name() -> None:
+    async def test(world: World, client: rpc.Client) -> None:
+        request = join(Report(node("a")))
+        request.profile = wire.cost_to_wire(LLAMA_H100)
+        await client.Join(request, timeout=SOON)
+        assert world.controller.costs.of("a") == LLAMA_H100
+        await client.Join(join(Report(replace(node("a"), incarnation="a-2"))), timeout=SOON)
+        assert world.controller.costs.of("a") is None
+        request.node.incarnation = "a-3"
+        await client.Join(request, timeout=SOON)
+        await client.Leave(pb.LeaveRequest(node="a", incarnation="a-3"), timeout=SOON)
+        assert not world.controller.costs.own
+        for wrong, field in (("{", "profile"), ('{"dense": 3}', "dense")):
+            request = join(Report(node("c")), MODEL)
+            request.profile = wrong
+            with pytest.raises(BadRequest) as refused:
+                await asyncio.wait_for(client.Join(request, timeout=SOON), SOON)
+            assert refused.value.field == field
+        assert "c" not in world.controller.ledger.nodes
+
+    living(test)
