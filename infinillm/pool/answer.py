@@ -37,6 +37,7 @@ from infinillm.telemetry import Metrics, log
 from infinillm.transport.base import Listener, Port
 from infinillm.transport.lanes import Lanes, choose, host_key
 
+DOUBT_SECONDS = 3.0  # a borrower that lives and needs its blocks talks again with its next step
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
 
 
@@ -353,7 +354,7 @@ class PoolService:
             self.conversations.pop(name, None)
             with self.memory.lock:  # one that is alive opens another conversation, and renews
                 self.memory.blocks.abandon(talk.borrower)
-                self.memory.blocks.doubt(talk.loan, self.clock() + self.patience)
+                self.memory.blocks.doubt(talk.loan, self.clock() + min(DOUBT_SECONDS, self.patience))
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_tell, talk.ended, reason)
 

@@ -14,7 +14,7 @@ from infinillm.core.types import AttentionShape
 from infinillm.errors import BadRequest, NodeLost, NotFound, Stale
 from infinillm.kernels import reference
 from infinillm.pool import borrow
-from infinillm.pool.answer import POOL, PoolService
+from infinillm.pool.answer import DOUBT_SECONDS, POOL, PoolService
 from infinillm.protos import pool_pb2 as pb
 from tests.cluster import Cluster, Peer
 from tests.pool.test_placement import decoder
@@ -152,3 +152,16 @@ def test_a_lender_that_opens_no_port_keeps_the_engine_waiting_for_a_moment_only(
         assert time.monotonic() - began < borrow.RPC_SECONDS / 2
         cluster.loop.call_soon_threadsafe(go.set)
         cluster.settle()
+
+
+def test_a_borrower_that_fell_silent_keeps_its_loan_for_a_moment_not_for_the_whole_loan() -> None:
+    async def test(client: rpc.Client, service: PoolService) -> None:
+        loan = (await lend(client, "a-1")).loan.id
+        await client.OpenPort(port(loan), timeout=SOON)
+        (talk,) = service.conversations.values()
+        talk.close()
+        await asyncio.wait_for(talk.ended, SOON)
+        left = service.memory.blocks.loans["a"].until - time.monotonic()
+        assert 0 < left <= DOUBT_SECONDS < service.patience < service.loan_seconds
+
+    lending(test)
