@@ -3,8 +3,8 @@
     python -m bench.moves [--dtype float32] [--rounds 60] [--out bench/results/moves.json]
 
 One stream of some 1,000 tokens, a few of its blocks at a lender (so that it is asked in every step), one thread. In
-turns, step by step, a stretch of so many tokens moves to the lender and back, over shared memory. A share is of the median
-step without moves. The paper's figures beside it are those of Infinite-LLM (arXiv 2401.02669), of throughput.
+turns, step by step, a stretch of so many tokens moves to the lender and back, over shared memory. A share is of the
+median step without moves. The paper's figures beside it are those of Infinite-LLM (arXiv 2401.02669), of throughput.
 """
 
 from __future__ import annotations
