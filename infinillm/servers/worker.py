@@ -40,6 +40,8 @@ from infinillm.transport.lanes import Lanes
 TICK_SECONDS = 0.5
 IDLE_LOAN_SECONDS = 2.0
 LOOK_SECONDS = 0.05
+# Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
+RECALL_AFTER_SECONDS = 30.0
 FINISHING = 0.75  # share of a drain in which requests may end by themselves; then they are handed over
 LEAST_RETURN_SECONDS = 1.0  # to give loans back, however late it is
 
@@ -100,6 +102,7 @@ class Worker:
             metrics=self.metrics,
             threads=settings.threads,
         )
+        self.starving: tuple[SeqId, float] | None = None  # a request that waits alone, and since when
         self.moving: set[asyncio.Task[None]] = set()
         self.engine: Engine | None = None
         self.shard: ShardService | None = None
@@ -224,9 +227,15 @@ class Worker:
             answer = Refused(error.message)
         if isinstance(answer, Refused):
             log("borrow_refused", blocks=least, reason=answer.reason)
-            if alone is not None:  # nothing runs here, for lack of what we lent
+            if alone is not None and self._starves(alone.id):  # nothing runs here, for lack of what we lent
                 self.pool.recall(least)
         self.engine.inbox.put(Borrowed(answer, alone.id if alone is not None and never else ""))
+
+    def _starves(self, request: SeqId) -> bool:
+        """Whether this request has been refused memory for so long that others have to give way."""
+        if self.starving is None or self.starving[0] != request:
+            self.starving = (request, time.monotonic())
+        return time.monotonic() - self.starving[1] >= RECALL_AFTER_SECONDS
 
     def _obey(self, order: MoveBlocks, address: str) -> None:
         task = asyncio.create_task(self._move(order, address))
