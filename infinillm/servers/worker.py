@@ -56,6 +56,7 @@ class Worker:
         self.id = settings.id or f"{platform.node()}-{word}"
         self.address = ""
         self.draining = False
+        self.starving: tuple[SeqId, float] | None = None  # a request that waits alone, and since when
 
     async def start(self) -> None:
         settings = self.settings
@@ -102,7 +103,6 @@ class Worker:
             metrics=self.metrics,
             threads=settings.threads,
         )
-        self.starving: tuple[SeqId, float] | None = None  # a request that waits alone, and since when
         self.moving: set[asyncio.Task[None]] = set()
         self.engine: Engine | None = None
         self.shard: ShardService | None = None
