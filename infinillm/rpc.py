@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from infinillm import errors
-from infinillm.errors import BadRequest, Cancelled, InfinillmError, NodeLost, NotFound, Unavailable
+from infinillm.errors import BadRequest, Cancelled, InfinillmError, NodeLost, NotFound, Unavailable, Unreachable
 from infinillm.telemetry import log
 
 PUBLIC_MESSAGE_BYTES = 4 << 20
@@ -83,6 +83,8 @@ def error_of(failed: Any, what: str) -> InfinillmError:
         return NodeLost(details, node=subject) if kind is NodeLost else kind(details, field=subject or None)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return BadRequest(f"{what}: {details}")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return Unreachable(f"{what}: {details}")
     if code.name in _BY_STATUS:
         return _BY_STATUS[code.name](f"{what}: {details}")
     return InfinillmError(f"{what}: {code.name}: {details}")
