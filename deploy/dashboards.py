@@ -104,12 +104,6 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ((_rate("loan_operations_total", "operation"), "{{operation}}"),),
             ),
             Panel(
-                "Live moves",
-                "short",
-                "Tokens per second whose K/V went to another node while their request ran: home, or away from it.",
-                ((_rate("moved_tokens_total", "node, direction"), "{{node}} {{direction}}"),),
-            ),
-            Panel(
                 "Used by node",
                 "short",
                 "Blocks each node's own memory holds for running requests.",
@@ -121,6 +115,52 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "short",
                 "Blocks nobody refers to, kept because a prompt may begin with them again.",
                 (('infinillm_kv_blocks{state="cached"}', "{{node}}"),),
+                stacked=True,
+            ),
+        ),
+    ),
+    (
+        "Moves, recalls, holes",
+        (
+            Panel(
+                "Live moves",
+                "short",
+                "Tokens per second whose K/V went to another node while their request ran: home, or away from it.",
+                ((_rate("moved_tokens_total", "node, direction"), "{{node}} {{direction}}"),),
+            ),
+            Panel(
+                "Waiting to move",
+                "short",
+                "Blocks of running requests that are to lie on another node and do not yet.",
+                (("infinillm_moving_blocks", "{{node}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Orders",
+                "ops",
+                "Moves the controller told nodes to make, per second: away from home, home, or between lenders.",
+                ((_rate("orders_total", "direction"), "{{direction}}"),),
+            ),
+            Panel(
+                "Recalled",
+                "short",
+                "Blocks that lenders want back and have not got; what is late is computed again.",
+                (("infinillm_recalled_blocks", "{{node}} as {{side}}"),),
+            ),
+            Panel(
+                "Holes and repairs",
+                "short",
+                "Tokens per second whose K/V was lost with a node, and that were computed again.",
+                (
+                    (_rate("hole_tokens_total", "node"), "{{node}} lost"),
+                    (_rate("repaired_tokens_total", "node"), "{{node}} repaired"),
+                ),
+            ),
+            Panel(
+                "Holes open",
+                "short",
+                "Tokens lost with a node and not computed again yet.",
+                (("infinillm_missing_tokens", "{{node}}"),),
                 stacked=True,
             ),
         ),
@@ -171,10 +211,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Tokens",
                 "short",
-                "Tokens of prompts received, found in the prefix cache, and generated, per second.",
+                "Tokens of prompts received, found in a cache here or on another node, and generated, per second.",
                 (
                     (f"sum(rate(infinillm_prompt_tokens_total[{RATE}]))", "prompt"),
                     (f"sum(rate(infinillm_prompt_tokens_cached_total[{RATE}]))", "prompt, cached"),
+                    (f"sum(rate(infinillm_prompt_tokens_shared_total[{RATE}]))", "prompt, on another node"),
                     (f"sum(rate(infinillm_generation_tokens_total[{RATE}]))", "generated"),
                 ),
             ),
@@ -227,6 +268,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "s",
                 "Time since each node's last heartbeat; a node silent for some seconds is taken for dead.",
                 (("infinillm_heartbeat_age_seconds", "{{node}}"),),
+            ),
+            Panel(
+                "Leader",
+                "short",
+                "1 where a controller leads, 0 where it stands by; never two at a time.",
+                (("infinillm_controller_leader", "{{instance}}"),),
             ),
             Panel(
                 "Epoch",

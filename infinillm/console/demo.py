@@ -19,7 +19,7 @@ from rich.text import Text
 from infinillm import config
 from infinillm.console.api import Api, Message
 from infinillm.console.progress import Progress
-from infinillm.console.top import bar, blocks_of, console, picture
+from infinillm.console.top import COLOURS, bar, blocks_of, console, picture
 from infinillm.core import policy
 from infinillm.core.types import Ledger, Node, Refused
 from infinillm.errors import BadRequest, InfinillmError
@@ -32,7 +32,6 @@ PATIENCE_SECONDS = 60.0  # a busy laptop may take long over one chunk; a dead wo
 LOOK_SECONDS = 0.25  # between two looks at the pool
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 RETURN_SECONDS = 20.0  # for idle loans to go home
-COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
 
 def asked(settings: config.Demo) -> tuple[str, list[Message]]:

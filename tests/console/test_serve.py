@@ -16,10 +16,11 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_a_cluster_serves_is_looked_at_and_ends_cleanly() -> None:
-    with live.serve(str(tiny.folder("llama")), "--workers=2", "--kv-blocks=20", "--served-model-name=tiny") as served:
+    flags = ("--workers=2", "--kv-blocks=20", "--served-model-name=tiny", "--host-kv-gib=0.01")
+    with live.serve(str(tiny.folder("llama")), *flags) as served:
         assert served.ready["ready"] == "serve"
-        assert [worker["id"] for worker in served.ready["workers"]] == ["worker-0", "worker-1"]
-        assert len(served.children) == 4
+        assert [worker["id"] for worker in served.ready["workers"]] == ["worker-0", "worker-1", "host"]
+        assert len(served.children) == 5
 
         said = live.cli("chat", "--url", served.url, "--once", "who?", "--max-tokens", "5")
         assert (said.returncode, said.stderr) == (0, "")
@@ -28,8 +29,12 @@ def test_a_cluster_serves_is_looked_at_and_ends_cleanly() -> None:
         seen = live.cli("top", "--url", served.url, "--once")
         assert seen.returncode == 0, seen.stderr
         assert "tiny" not in seen.stderr
-        for word in ("worker-0", "worker-1", "40 blocks", "policy pooled", "longest request"):
+        for word in ("worker-0", "worker-1", "host (host)", "policy pooled", "longest request"):
             assert word in seen.stdout
+
+        (line,) = live.cli("top", "--url", served.url, "--once", "--json").stdout.splitlines()
+        kinds = {node["id"]: (node["tier"], node["serves"]) for node in json.loads(line)["nodes"]}
+        assert kinds == {"worker-0": ("device", True), "worker-1": ("device", True), "host": ("host", False)}
 
         wrong = live.cli("chat", "--url", served.url, "--once", "who?", "--model", "another")
         assert wrong.returncode == 1

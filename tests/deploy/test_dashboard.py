@@ -11,7 +11,7 @@ import yaml
 from deploy import dashboards
 from infinillm.telemetry import PREFIX, TABLE
 
-ROOT = Path(__file__).parents[2]
+PROMETHEUS = Path(__file__).parents[2] / "deploy" / "prometheus"
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
 SERIES = {PREFIX + name + suffix for name, metric in TABLE.items() for suffix in SUFFIXES[metric.kind]}
 
@@ -66,9 +66,30 @@ def test_panels_do_not_overlap() -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_alerts_speak_of_metrics_that_exist_and_each_is_shown_to_fire() -> None:
+    (group,) = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        used = set(re.findall(rf"{PREFIX}\w+", rule["expr"]))
+        assert used and used <= SERIES, used - SERIES
+    (scenario,) = yaml.safe_load((PROMETHEUS / "alerts.test.yml").read_text())["tests"]
+    shown = {each["alertname"] for each in scenario["alert_rule_test"] if each["exp_alerts"]}
+    assert shown == {rule["alert"] for rule in group["rules"]}
+
+
+def test_alerts_fire_where_they_should(promtool: str) -> None:
+    made = subprocess.run(
+        [promtool, "test", "rules", str(PROMETHEUS / "alerts.test.yml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
 @pytest.mark.parametrize("name", ["local", "kubernetes"])
 def test_prometheus_takes_the_scrape_configuration(promtool: str, name: str, tmp_path: Path) -> None:
-    configuration = yaml.safe_load((ROOT / f"deploy/prometheus/{name}.yml").read_text())
+    configuration = yaml.safe_load((PROMETHEUS / f"{name}.yml").read_text())
     for job in configuration["scrape_configs"]:
         job.pop("kubernetes_sd_configs", None)  # Debian's build cannot discover pods
     file = tmp_path / "prometheus.yml"

@@ -120,6 +120,8 @@ def test_books_balance_in_what_is_exported(cluster: live.Served, source: str) ->
     """Scrapes are of one moment per node, so what a node owns is exactly what it says it has."""
     (drift,) = [panel for panel in dashboards.panels() if panel.title == "Blocks unaccounted for"]
     assert set(values(source, drift.queries[0][0])) == {0.0}
+    (least,) = values(source, "min(min_over_time(infinillm_kv_blocks[10m]))")
+    assert least == 0, "a block that is promised and holds a kept prefix was counted twice"
 
 
 @pytest.mark.parametrize("process", ["gateway", "controller", "worker"])

@@ -79,11 +79,14 @@ def test_arguments_are_the_programs_own(workload: dict[str, Any]) -> None:
 def test_they_find_each_other() -> None:
     services = {each["metadata"]["name"]: each for each in MANIFESTS if each["kind"] == "Service"}
     by_kind = {type(settings_of(each)): settings_of(each) for each in WORKLOADS}
-    address = f"infinillm-controller:{by_kind[config.Controller].port}"
-    assert by_kind[config.Worker].controller == by_kind[config.Gateway].controller == address
+    led = next(each for each in WORKLOADS if each["metadata"]["name"] == "infinillm-controller")
+    assert led["spec"]["serviceName"] in services
+    pods = [f"infinillm-controller-{at}.{led['spec']['serviceName']}" for at in range(led["spec"]["replicas"])]
+    addresses = ",".join(f"{pod}:{by_kind[config.Controller].port}" for pod in pods)
+    assert by_kind[config.Worker].controller == by_kind[config.Gateway].controller == addresses
     pod, _, domain = by_kind[config.Worker].advertise.partition(".")
     assert (pod, domain) == (by_kind[config.Worker].id, f"infinillm-workers:{by_kind[config.Worker].port}")
-    workers = next(each for each in WORKLOADS if each["kind"] == "StatefulSet")
+    workers = next(each for each in WORKLOADS if each["metadata"]["name"] == "worker")
     assert workers["spec"]["serviceName"] in services
     assert by_kind[config.Worker].model == by_kind[config.Gateway].model
     assert by_kind[config.Worker].model in (ROOT / "deploy/Dockerfile").read_text()
@@ -118,7 +121,7 @@ def test_a_drain_fits_its_grace(workload: dict[str, Any]) -> None:
 def test_pods_are_restricted(workload: dict[str, Any]) -> None:
     pod, container = workload["spec"]["template"]["spec"], container_of(workload)
     assert pod["enableServiceLinks"] is False  # or a Service named like ours would set INFINILLM_... variables
-    assert pod["automountServiceAccountToken"] is False
+    assert pod["automountServiceAccountToken"] is isinstance(settings_of(workload), config.Controller)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == 65532
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -143,6 +146,23 @@ def test_policies_let_through_what_is_dialled_and_nothing_is_open_by_default() -
         assert opened == {port["containerPort"] for port in container_of(workload)["ports"]}
     budgets = [each["spec"]["selector"]["matchLabels"] for each in MANIFESTS if each["kind"] == "PodDisruptionBudget"]
     assert all(any(budget == w["spec"]["selector"]["matchLabels"] for w in WORKLOADS) for budget in budgets)
+
+
+def test_controllers_may_do_with_their_lease_what_they_do_and_nothing_else() -> None:
+    role, binding, account = (
+        next(each for each in MANIFESTS if each["kind"] == kind) for kind in ("Role", "RoleBinding", "ServiceAccount")
+    )
+    (led,) = [each for each in WORKLOADS if isinstance(settings_of(each), config.Controller)]
+    name = account["metadata"]["name"]
+    assert led["spec"]["template"]["spec"]["serviceAccountName"] == name
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": KUSTOMIZATION["namespace"]}]
+    assert settings_of(led).lease == f"kubernetes:{KUSTOMIZATION['namespace']}/infinillm-controller"
+    rules = {(tuple(rule["verbs"]), tuple(rule.get("resourceNames", ()))) for rule in role["rules"]}
+    assert rules == {(("create",), ()), (("get", "patch"), ("infinillm-controller",))}
+    assert all(
+        (rule["apiGroups"], rule["resources"]) == (["coordination.k8s.io"], ["leases"]) for rule in role["rules"]
+    )
 
 
 def test_the_image_runs_as_the_manifests_say() -> None:
