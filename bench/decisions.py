@@ -145,7 +145,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
         calls |= {
             f"route {policy.name}": lambda p=policy: p.route(expecting(ledger, promised), 4000, 5000, BLOCK, ()),
             f"capacity {policy.name}": lambda p=policy: p.capacity(ledger, BLOCK),
-            f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, "worker-500", 8000),
+            f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, "worker-500", 8000, ()),
             f"plan {policy.name}": lambda p=policy: p.plan(ledger, COSTS, BLOCK),
         }
     proactive = POLICIES["proactive"]

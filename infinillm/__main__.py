@@ -43,6 +43,9 @@ then:
 example, on the first of several machines:
   infinillm controller --host 10.0.0.1 --port 7000
 The controller holds no K/V and may restart at any time: it rebuilds its ledger from the workers' heartbeats.
+Two of them, on different machines, one of which leads; workers and gateways are told of both:
+  infinillm controller --host 10.0.0.1 --lease etcd://10.0.0.7:2379,10.0.0.8:2379/infinillm/leader
+  infinillm worker --host 10.0.0.3 --controller 10.0.0.1:7000,10.0.0.2:7000
 """,
     "worker": """\
 examples:
@@ -76,6 +79,7 @@ examples:
 examples:
   infinillm top
   infinillm top --once
+  infinillm top --json | jq --unbuffered '.happened[]'
 """,
     "demo": """\
 examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ POLICIES = ("pooled", "proactive", "isolated")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PORTS = ("auto", "shm", "tcp", "stream", "collective")
 DEVICES = ("auto", "cpu", "cuda")
+TIERS = ("device", "host")
 LEVELS = ("debug", "info", "warning", "error")
 MIB = 1 << 20
 
@@ -27,7 +28,11 @@ MIB = 1 << 20
 # What several processes are told in the same words.
 _HOST = "address to bind; loopback unless you say otherwise"
 _METRICS = "port of /metrics, on --host; 0 takes a free one, -1 serves none"
-_CONTROLLER = "HOST:PORT of the controller"
+_CONTROLLER = "HOST:PORT of the controller; of several, one of which leads, with commas between"
+_LEASE = (
+    "where several controllers agree on which one leads: file:/PATH, etcd://HOST:PORT,HOST:PORT/KEY or "
+    "kubernetes:NAMESPACE/NAME; empty: there is only this one"
+)
 _MODEL = "a Hugging Face folder or hub id, or a GGUF file; empty: the small embedded default model"
 _LONGEST = "most tokens of one request, prompt and output; 0: what the model was made for"
 _CACHE = "folder for converted models and compiled kernels; empty: ~/.cache/infinillm"
@@ -39,7 +44,7 @@ _POLICY = "pooled: workers lend each other memory; proactive: ahead of time, too
 _PROFILE = "FILE that `infinillm profile` wrote: what {} costs; policy proactive goes by it"
 _URL = "where the gateway answers"
 _BLOCKS = "K/V blocks each worker owns; 0: as many as --kv-memory-gib holds"
-_MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0"
+_MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0; 0: none, it borrows all it needs"
 _MOVES = "most tokens of K/V that move to another node beside one step, in whole blocks; 0: none"
 _BLOCK = "tokens per block; the same in a whole cluster"
 _DTYPE = "of weights and K/V; auto: the model's own"
@@ -57,6 +62,8 @@ class Controller:
     policy: str = option("pooled", _POLICY, choices=POLICIES)
     heartbeat_seconds: float = option(0.5, "seconds between two heartbeats of a worker", least=0.01, most=60)
     profile: str = option("", _PROFILE.format("a worker that brings no profile of its own"))
+    lease: str = option("", _LEASE)
+    lease_seconds: float = option(5.0, "seconds after which a leader that is gone is replaced", least=0.1, most=3600)
     log_level: str = option("info", _LEVEL, choices=LEVELS)
     sources: Mapping[str, str] = sources()
 
@@ -91,6 +98,7 @@ class Worker:
     device: str = option("auto", "where the model runs; auto: cuda if there is one", choices=DEVICES)
     profile: str = option("", _PROFILE.format("this worker"))
     memory_only: bool = option(False, "own and lend memory, serve no model")
+    tier: str = option("device", "of its memory; host: of the CPU, lent last, with --memory-only", choices=TIERS)
     drain_seconds: float = option(20.0, _DRAIN, least=0, most=86400)
     metrics_port: int = option(0, _METRICS, least=-1, most=65535)
     cache_dir: str = option("", _CACHE)
@@ -150,6 +158,7 @@ class Serve:
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     served_model_name: str = option("", _NAME)
     policy: str = option("pooled", _POLICY, choices=POLICIES)
+    host_kv_gib: float = option(0.0, "GiB of host memory lent to the workers when they are full", least=0, most=65536)
     profile: str = option("", _PROFILE.format("each worker"))
     threads: int = option(0, _SHARED_THREADS, least=0, most=1024)
     port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
@@ -191,6 +200,17 @@ class Serve:
             log_level=self.log_level,
         )
 
+    def host_memory(self, controller: str) -> Worker:
+        return replace(
+            self.worker(self.workers, controller),
+            id="host",
+            memory_only=True,
+            tier="host",
+            device="cpu",
+            kv_blocks=0,
+            kv_memory_gib=self.host_kv_gib,
+        )
+
     def prepare(self) -> Prepare:
         return Prepare(model=self.model, cache_dir=self.cache_dir, log_level=self.log_level)
 
@@ -230,6 +250,7 @@ class Top:
 
     url: str = option("http://127.0.0.1:8000", _URL)
     once: bool = option(False, "print it once and end")
+    json: bool = option(False, "print a line of JSON for every look, with what happened since the one before")
     seconds: float = option(0.5, "seconds between two looks", least=0.05, most=3600)
     sources: Mapping[str, str] = sources()
 

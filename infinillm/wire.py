@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from infinillm.core.cost import Cost, from_plain, to_plain
+from infinillm.core.moves import Wish
+from infinillm.core.names import NAME_BYTES
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Sampling
 from infinillm.core.types import (
+    TIERS,
     AttentionShape,
     Grow,
     Layout,
@@ -30,7 +33,7 @@ from infinillm.core.types import (
     TokenLogprob,
 )
 from infinillm.errors import BadRequest
-from infinillm.protos import controller_pb2, pool_pb2, types_pb2
+from infinillm.protos import controller_pb2, pool_pb2, shard_pb2, types_pb2
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -108,8 +111,8 @@ def span_from_wire(message: types_pb2.Span) -> Span:
     return Span(_named("node", message.node), message.start, message.stop)
 
 
-def layout_to_wire(sequence: SeqId, layout: Layout) -> types_pb2.Layout:
-    return types_pb2.Layout(sequence=sequence, spans=[span_to_wire(span) for span in layout])
+def layout_to_wire(sequence: SeqId, layout: Layout, home: NodeId = "") -> types_pb2.Layout:
+    return types_pb2.Layout(sequence=sequence, spans=[span_to_wire(span) for span in layout], home=home)
 
 
 def layout_from_wire(message: types_pb2.Layout) -> tuple[SeqId, Layout]:
@@ -128,6 +131,8 @@ def node_to_wire(node: Node) -> types_pb2.Node:
 def node_from_wire(message: types_pb2.Node) -> Node:
     for name in ("id", "incarnation", "address"):
         _named(name, getattr(message, name))
+    if message.tier not in TIERS:
+        raise BadRequest(f"tier must be one of {', '.join(TIERS)}, not {message.tier!r}", field="tier")
     return Node(**{name: getattr(message, name) for name in _NODE_FIELDS})
 
 
@@ -139,6 +144,7 @@ def loan_to_wire(loan: Loan, now: float) -> types_pb2.Loan:
         blocks=loan.blocks,
         seconds_left=max(0.0, loan.until - now),
         used=loan.used,
+        recalled=loan.recalled,
     )
 
 
@@ -147,7 +153,8 @@ def loan_from_wire(message: types_pb2.Loan, now: float) -> Loan:
         _named(name, getattr(message, name))
     if not math.isfinite(message.seconds_left):
         raise BadRequest("seconds_left must be a finite number", field="seconds_left")
-    return Loan(message.id, message.lender, message.borrower, message.blocks, now + message.seconds_left, message.used)
+    until = now + message.seconds_left
+    return Loan(message.id, message.lender, message.borrower, message.blocks, until, message.used, message.recalled)
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
@@ -193,6 +200,19 @@ def stretches_from_wire(messages: Iterable[pool_pb2.Stretch]) -> tuple[Stretch, 
     return tuple(Stretch(m.sequence, m.first, m.blocks) for m in messages)
 
 
+def names_to_wire(seq: SeqId, first: int, names: Iterable[bytes]) -> pool_pb2.Names:
+    return pool_pb2.Names(sequence=seq, first=first, names=b"".join(names))
+
+
+def names_from_wire(message: pool_pb2.Names, block_size: int) -> tuple[SeqId, dict[int, bytes]]:
+    """The sequence, and its names by position."""
+    packed, size = message.names, NAME_BYTES
+    if len(packed) % size or message.first % block_size:
+        raise BadRequest(f"names have {size} bytes each, and begin with a block", field="names")
+    named = (packed[at : at + size] for at in range(0, len(packed), size))
+    return _named("sequence", message.sequence), {message.first + i * block_size: name for i, name in enumerate(named)}
+
+
 def move_to_wire(order: MoveBlocks, address: str) -> controller_pb2.MoveBlocks:
     """`address` is the target's."""
     return controller_pb2.MoveBlocks(
@@ -207,6 +227,12 @@ def move_to_wire(order: MoveBlocks, address: str) -> controller_pb2.MoveBlocks:
 
 def move_from_wire(message: controller_pb2.MoveBlocks, home: NodeId) -> MoveBlocks:
     return MoveBlocks(home, message.sequence, message.source, message.target, message.blocks, message.reason)
+
+
+def wish_to_wire(wish: Wish, block_size: int) -> shard_pb2.Moving:
+    _, source, target, first, blocks = wish.move
+    stop = first + blocks * block_size
+    return shard_pb2.Moving(source=source, target=target, start=first, stop=stop, reason=wish.reason)
 
 
 def cost_to_wire(cost: Cost) -> str:

@@ -39,6 +39,11 @@ def prometheus() -> str:
     return program("prometheus")
 
 
+@pytest.fixture(scope="session")
+def etcd_server() -> str:
+    return program("etcd")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left() -> Iterator[None]:
     """Whatever the tests started has ended when they have."""

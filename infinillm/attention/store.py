@@ -54,8 +54,6 @@ class Store:
     """
 
     def __init__(self, shape: AttentionShape, blocks: int, device: torch.device, body: Body):
-        if blocks < 1:
-            raise BadRequest(f"a store needs at least one block, not {blocks}", field="blocks")
         if shape.dtype not in DTYPES:
             raise BadRequest(f"dtype must be one of {', '.join(DTYPES)}, not {shape.dtype}", field="dtype")
         self.shape = shape

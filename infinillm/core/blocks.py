@@ -1,48 +1,42 @@
 """The books of one node's memory: which block is whose, what is cached, what is lent.
 
 Theory of operation. Every block is in exactly one place: *free*, *idle* (nobody refers to it, but it is a full block
-kept for its prefix, and is room like a free one), or *held* by one or more sequences. A sequence holds blocks in a
+kept for its content, and is room like a free one), or *held* by one or more sequences. A sequence holds blocks in a
 holding, keyed by its owner: the node itself (owner ""), or a borrower. Blocks whose content is on its way from another
 node are held as well, but *staged*: no question sees them until they are adopted. A loan is a number of blocks promised
 to one borrower, not particular blocks: what is promised and not yet held is subtracted from the node's own room, so a
 borrower that reserved never finds the memory gone. One borrower has at most one loan here; lending again makes it
 larger. No two loans ever have one id, so a late word about a loan that is over finds nothing.
 
-Law: free + idle + held == count, and held by the node itself + lent <= count. `check` says whether it holds.
+A full block may have a name (see `names`), and whoever needs its content may share it, instead of taking one of its
+own. What a borrower shares it holds as a *guest*, beside its loan: the node keeps the block for it, as it keeps those
+of its own sequences. A block that is both kept and in a loan counts twice, since either may outlive the other.
+
+Law: free + idle + held == count, and kept by the node itself + lent <= count. `check` says whether it holds.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId, Stretch
+from infinillm.core.names import MARK_EVERY, mark
+from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId
 from infinillm.errors import Broken
 
 OWN = ""
 
 
-def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:
-    """A name for every full block of a prompt: it depends on the salt and on all tokens up to the block's end."""
-    names: list[bytes] = []
-    packed, size = array("I", tokens).tobytes(), 4 * block_size
-    name = hashlib.sha256(salt.encode()).digest()
-    for start in range(0, len(packed) - size + 1, size):
-        name = hashlib.sha256(name + packed[start : start + size]).digest()
-        names.append(name)
-    return names
-
-
 @dataclass(slots=True)
 class Holding:
-    """Blocks of one sequence on this node, by the position of their first slot, ascending."""
+    """Blocks of one sequence on this node, by the position of their first slot, ascending; which of them are shared."""
 
     firsts: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    guests: set[int] = field(default_factory=set)
 
 
 class Blocks:
@@ -53,6 +47,9 @@ class Blocks:
         self.loans: dict[NodeId, Loan] = {}
         self._free = list(range(count - 1, -1, -1))
         self._references = [0] * count
+        self._keepers = [0] * count  # of the references: those of the node's own sequences, and of guests
+        self._used = self._guests = 0
+        self.marks: set[int] = set()  # of the landmarks that are here
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._by_name: dict[bytes, int] = {}
         self._names: dict[int, bytes] = {}
@@ -68,7 +65,7 @@ class Blocks:
     @property
     def room(self) -> int:
         """Blocks the node may still take for its own sequences."""
-        return len(self._free) + len(self._idle) - sum(loan.blocks - loan.used for loan in self.loans.values())
+        return self.count - self._used - self.lent
 
     @property
     def cached(self) -> int:
@@ -76,8 +73,8 @@ class Blocks:
 
     @property
     def used(self) -> int:
-        """Blocks held by the node's own sequences."""
-        return self.count - len(self._free) - len(self._idle) - sum(loan.used for loan in self.loans.values())
+        """Blocks kept for the node's own sequences, and for guests."""
+        return self._used
 
     def holding(self, seq: SeqId, owner: NodeId = OWN) -> Holding | None:
         return self._holdings.get((owner, seq))
@@ -88,27 +85,63 @@ class Blocks:
     def holders(self, owner: NodeId = OWN) -> list[SeqId]:
         return [seq for whose, seq in dict.fromkeys([*self._holdings, *self._staged]) if whose == owner]
 
-    def match(self, names: Sequence[bytes]) -> tuple[int, int]:
-        """How many leading names are cached here, and how many of those blocks are idle (taking them costs room)."""
-        found = idle = 0
-        for name in names:
-            if (block := self._by_name.get(name)) is None:
-                break
-            found += 1
-            idle += block in self._idle
-        return found, idle
+    def match(self, seq: SeqId, names: Sequence[bytes]) -> tuple[list[int], int]:
+        """Which of these names are here, by their index, and how many of the blocks cost `seq` room to share."""
+        found = [i for i, name in enumerate(names) if name in self._by_name]
+        left = self._left_by_others(seq, OWN)
+        costs = (self._keepers[self._by_name[names[i]]] == 0 and i * self.block_size not in left for i in found)
+        return found, sum(costs)
+
+    def leading(self, names: Sequence[bytes]) -> int:
+        """How many of the first names are here, without a gap."""
+        return next((i for i, name in enumerate(names) if name not in self._by_name), len(names))
+
+    def _left_by_others(self, seq: SeqId, owner: NodeId) -> dict[int, NodeId]:
+        """In whose loan blocks of this very sequence are: whoever goes on with it has them, and their room."""
+        found: dict[int, NodeId] = {}
+        for whose in self.loans:
+            if whose != owner and (held := self._holdings.get((whose, seq))) is not None:
+                found |= dict.fromkeys((first for first in held.firsts if first not in held.guests), whose)
+        return found
 
     # --- holding -------------------------------------------------------------------------------------------------
 
-    def share(self, seq: SeqId, names: Sequence[bytes]) -> None:
-        """Hold the cached blocks of these names, the first at position 0. They must all be here."""
-        holding = self._holdings.setdefault((OWN, seq), Holding())
-        for i, name in enumerate(names):
-            block = self._by_name[name]
-            self._references[block] += 1
+    def share(self, seq: SeqId, names: Mapping[int, bytes], owner: NodeId = OWN) -> list[int]:
+        """Hold the blocks of these names, by the positions they are wanted at, as far as they are here and room lasts.
+
+        Returns the positions. What is held at a position already stays. A borrower shares while it has a loan, be it of
+        nothing, and guests stay within the cap on what is lent. What another borrower holds of the same sequence goes
+        from its loan to whoever goes on with the sequence.
+        """
+        if owner != OWN and owner not in self.loans:
+            return []
+        left, taken = self._left_by_others(seq, owner), dict[NodeId, set[int]]()
+        holding = self._holdings.setdefault((owner, seq), Holding())
+        held, shared = set(holding.firsts), []
+        for first, name in names.items():
+            block = self._by_name.get(name)
+            if block is None or first in held:
+                continue
+            if first in left:
+                taken.setdefault(left[first], set()).add(first)
+            elif (owner != OWN and self._guests + self.lent >= self.lendable) or (
+                self._keepers[block] == 0 and self.room < 1
+            ):
+                break
+            if owner != OWN:
+                self._guests += 1
+                holding.guests.add(first)
             self._idle.pop(block, None)
-            holding.firsts.append(i * self.block_size)
-            holding.blocks.append(block)
+            self._references[block] += 1
+            self._keep(block)
+            self._insert(holding, first, block)
+            shared.append(first)
+        if not holding.blocks:
+            del self._holdings[owner, seq]
+        for whose, gone in taken.items():
+            self._drop(whose, seq, gone)
+            self.loans[whose] = replace(self.loans[whose], blocks=self.loans[whose].blocks - len(gone))
+        return shared
 
     def grow(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
         """Hold `blocks` for positions from `first` on; refused whole where there is no room for all.
@@ -141,7 +174,7 @@ class Blocks:
     def abandon(self, owner: NodeId = OWN) -> None:
         """What was staged will not come."""
         for whose, seq in [key for key in self._staged if key[0] == owner]:
-            self._let_go(owner, self._staged.pop((whose, seq)).blocks)
+            self._let_go(owner, self._staged.pop((whose, seq)))
 
     def leave(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
         """Let go of a sequence's blocks from `first` on; refused whole where one is not here."""
@@ -172,66 +205,80 @@ class Blocks:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
         holding = holdings.setdefault((owner, seq), Holding())
         for at in firsts:
-            self._insert(holding, at, self._take())
+            block = self._take()
+            self._insert(holding, at, block)
+            if owner == OWN:
+                self._keep(block)
         if loan is not None and owner != OWN:
             self.loans[owner] = replace(loan, used=loan.used + blocks)
         return None
 
     def release(self, seq: SeqId, owner: NodeId = OWN) -> int:
         """Let go of everything a sequence holds here; returns how many blocks it held."""
-        blocks = [
-            block
-            for holdings in (self._holdings, self._staged)
-            for block in holdings.pop((owner, seq), Holding()).blocks
-        ]
-        self._let_go(owner, blocks)
-        return len(blocks)
+        gone = [holdings.pop((owner, seq), Holding()) for holdings in (self._holdings, self._staged)]
+        for holding in gone:
+            self._let_go(owner, holding)
+        return sum(len(holding.blocks) for holding in gone)
 
     def _drop(self, owner: NodeId, seq: SeqId, gone: Collection[int]) -> None:
         """Let go of a sequence's blocks at these positions, all of which it has here."""
         holding = self._holdings[owner, seq]
-        places = list(zip(holding.firsts, holding.blocks, strict=True))
-        holding.firsts = [first for first, _ in places if first not in gone]
-        holding.blocks = [block for first, block in places if first not in gone]
-        if not holding.blocks:
+        kept, left = Holding(guests=holding.guests.difference(gone)), Holding(guests=holding.guests.intersection(gone))
+        for first, block in zip(holding.firsts, holding.blocks, strict=True):
+            to = left if first in gone else kept
+            to.firsts.append(first)
+            to.blocks.append(block)
+        self._holdings[owner, seq] = kept
+        if not kept.blocks:
             del self._holdings[owner, seq]
-        self._let_go(owner, [block for first, block in places if first in gone])
+        self._let_go(owner, left)
 
-    def _let_go(self, owner: NodeId, blocks: Sequence[int]) -> None:
-        for block in reversed(blocks):  # so that the end of a prefix is evicted before its beginning
-            self._references[block] -= 1
+    def _let_go(self, owner: NodeId, left: Holding) -> None:
+        for first, block in zip(reversed(left.firsts), reversed(left.blocks), strict=True):
+            self._references[block] -= 1  # the end of a prefix before its beginning: so it is evicted first
+            if owner == OWN or first in left.guests:
+                self._keepers[block] -= 1
+                self._used -= self._keepers[block] == 0
             if self._references[block] == 0:
                 if block in self._names:
                     self._idle[block] = None
                 else:
                     self._free.append(block)
+        self._guests -= len(left.guests)
         if owner != OWN and (loan := self.loans.get(owner)):
-            self.loans[owner] = replace(loan, used=loan.used - len(blocks))
+            self.loans[owner] = replace(loan, used=loan.used - len(left.blocks) + len(left.guests))
 
-    def seal(self, seq: SeqId, first: int, name: bytes) -> None:
-        """A full block of the node's own sequence has its final content: others may share it from now on."""
-        holding = self._holdings.get((OWN, seq))
+    def _keep(self, block: int) -> None:
+        self._used += self._keepers[block] == 0
+        self._keepers[block] += 1
+
+    def seal(self, seq: SeqId, first: int, name: bytes, owner: NodeId = OWN) -> None:
+        """A full block of a sequence has its final content: others may share it from now on."""
+        holding = self._holdings.get((owner, seq))
         if holding is None or name in self._by_name:
             return
-        try:
-            block = holding.blocks[holding.firsts.index(first)]
-        except ValueError:
-            return  # this block of the sequence lives on another node
+        at = bisect_left(holding.firsts, first)
+        if at == len(holding.firsts) or holding.firsts[at] != first:
+            return  # this block of the sequence lies on another node
+        block = holding.blocks[at]
         if block not in self._names:
             self._by_name[name] = block
             self._names[block] = name
+            if (first // self.block_size) % MARK_EVERY == MARK_EVERY - 1:
+                self.marks.add(mark(name))
 
     # --- lending -------------------------------------------------------------------------------------------------
 
     def lend(self, borrower: NodeId, blocks: int, until: float, id: LoanId) -> Loan | Refused:
         """Promise `blocks` more to a borrower. First come, first served; the cap and the own room decide.
 
-        `id`, never used before, becomes that of a new loan; a loan that grows keeps its own.
+        `id`, never used before, becomes that of a new loan; a loan that grows keeps its own. Who only shares has a loan
+        of nothing.
         """
         if borrower == self.node:
             return Refused("a node cannot lend to itself")
-        if blocks <= 0:
-            return Refused("a loan has at least one block")
+        if blocks < 0:
+            return Refused(f"a loan cannot have {blocks} blocks")
         if blocks > self.lendable - self.lent:
             return Refused(f"{self.node} lends at most {self.lendable} blocks and has lent {self.lent}")
         if blocks > self.room:
@@ -262,7 +309,10 @@ class Blocks:
             self.loans[loan.borrower] = replace(loan, until=min(loan.until, until))
 
     def give_back(self, borrower: NodeId, blocks: int | None = None) -> int:
-        """The borrower returns unused blocks of its loan (`None`: the whole loan, with whatever it still holds)."""
+        """The borrower returns unused blocks of its loan (`None`: the whole loan, with whatever it still holds).
+
+        A loan of which nothing is left ends, unless its borrower shares something here.
+        """
         loan = self.loans.get(borrower)
         if loan is None:
             return 0
@@ -272,7 +322,7 @@ class Blocks:
             loan = self.loans[borrower]
             blocks = loan.blocks
         blocks = min(blocks, loan.blocks - loan.used)
-        if blocks == loan.blocks:
+        if blocks == loan.blocks and not self.holders(borrower):
             del self.loans[borrower]
         else:
             self.loans[borrower] = replace(loan, blocks=loan.blocks - blocks)
@@ -287,13 +337,15 @@ class Blocks:
     def check(self) -> None:
         """Raise Broken where the books do not balance."""
         held: dict[int, int] = {}
+        kept: dict[int, int] = {}
         by_owner: dict[NodeId, int] = {}
         for (owner, seq), holding in chain(self._holdings.items(), self._staged.items()):
             if holding.firsts != sorted(set(holding.firsts)):
                 raise Broken(f"{seq} holds positions {holding.firsts} on {self.node}")
-            by_owner[owner] = by_owner.get(owner, 0) + len(holding.blocks)
-            for block in holding.blocks:
+            by_owner[owner] = by_owner.get(owner, 0) + len(holding.blocks) - len(holding.guests)
+            for first, block in zip(holding.firsts, holding.blocks, strict=True):
                 held[block] = held.get(block, 0) + 1
+                kept[block] = kept.get(block, 0) + (owner == OWN or first in holding.guests)
         for key, staged in self._staged.items():
             if not set(staged.firsts).isdisjoint(self._holdings.get(key, Holding()).firsts):
                 raise Broken(f"{key[1]} has blocks twice on {self.node}")
@@ -302,6 +354,10 @@ class Blocks:
             raise Broken(f"{self.node}: {len(places)} places for {self.count} blocks")
         if any(self._references[block] != held.get(block, 0) for block in range(self.count)):
             raise Broken(f"{self.node}: a reference count is wrong")
+        if self._keepers != [kept.get(block, 0) for block in range(self.count)] or self._used != sum(
+            map(bool, self._keepers)
+        ):
+            raise Broken(f"{self.node}: it is wrong which blocks are kept")
         for borrower, loan in self.loans.items():
             if loan.used != by_owner.get(borrower, 0) or loan.used > loan.blocks:
                 raise Broken(f"{self.node}: {borrower} holds {by_owner.get(borrower, 0)} under {loan}")
@@ -315,7 +371,9 @@ class Blocks:
             block = self._free.pop()
         else:
             block, _ = self._idle.popitem(last=False)
-            del self._by_name[self._names.pop(block)]
+            name = self._names.pop(block)
+            del self._by_name[name]
+            self.marks.discard(mark(name))
         self._references[block] = 1
         return block
 
@@ -325,7 +383,7 @@ class Blocks:
             holding.firsts.append(first)
             holding.blocks.append(block)
             return
-        at = next(i for i, other in enumerate(holding.firsts) if other >= first)
+        at = bisect_left(holding.firsts, first)
         assert holding.firsts[at] != first, (first, holding.firsts)
         holding.firsts.insert(at, first)
         holding.blocks.insert(at, block)
@@ -335,14 +393,3 @@ def slots(holding: Holding, positions: Iterable[int], block_size: int) -> list[i
     """Where in the pool the tokens at these positions go: block * block_size + offset."""
     where = dict(zip(holding.firsts, holding.blocks, strict=True))
     return [where[p - p % block_size] * block_size + p % block_size for p in positions]
-
-
-def stretches(seq: SeqId, firsts: Iterable[int], block_size: int) -> list[Stretch]:
-    """The blocks at these positions, said briefly."""
-    found: list[Stretch] = []
-    for first in sorted(firsts):
-        if found and found[-1].first + found[-1].blocks * block_size == first:
-            found[-1] = found[-1]._replace(blocks=found[-1].blocks + 1)
-        else:
-            found.append(Stretch(seq, first, 1))
-    return found

@@ -46,6 +46,17 @@ def without(layout: Layout, node: NodeId) -> tuple[Layout, list[Span]]:
     return tuple(s for s in layout if s.node != node), [s for s in layout if s.node == node]
 
 
+def stretches(seq: SeqId, firsts: Iterable[int], block_size: int) -> list[Stretch]:
+    """The blocks at these positions, said briefly."""
+    found: list[Stretch] = []
+    for first in sorted(firsts):
+        if found and found[-1].first + found[-1].blocks * block_size == first:
+            found[-1] = found[-1]._replace(blocks=found[-1].blocks + 1)
+        else:
+            found.append(Stretch(seq, first, 1))
+    return found
+
+
 def moved(layout: Layout, move: Move, block_size: int) -> Layout:
     """The layout after a move: the same tokens, some of them on another node."""
     start, stop = move.first, move.first + move.blocks * block_size

@@ -17,8 +17,8 @@ node, that is not in the ledger: after a restart it has not joined again yet; af
 yet. So the ledger is soft state: `rebuild` from the nodes' own books gives it back whole.
 
 Laws, checked by `check`: used + lent <= blocks and lent <= lendable on every node; lent and borrowed are the sums of
-the loans; a loan's lender is known, is not its borrower, and promised at least what is used; a home is known, and the
-spans of a layout are in order and do not overlap.
+the loans; a loan's lender is known, is not its borrower, and promised at least what is used, maybe nothing; a home is
+known, and the spans of a layout are in order and do not overlap.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Report:
     node: Node
     lent: tuple[Loan, ...] = ()
     layouts: Mapping[SeqId, Layout] = field(default_factory=dict)
+    marks: frozenset[int] = frozenset()  # landmarks it has, which are no part of the ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def check(ledger: Ledger) -> None:
     """Raise Broken where a law of the ledger fails."""
     lent, borrowed = dict.fromkeys(ledger.nodes, 0), dict.fromkeys(ledger.nodes, 0)
     for name, loan in ledger.loans.items():
-        if name != loan.id or loan.lender == loan.borrower or not 0 <= loan.used <= loan.blocks or loan.blocks < 1:
+        if name != loan.id or loan.lender == loan.borrower or not 0 <= loan.used <= loan.blocks:
             raise Broken(f"{loan} cannot be")
         if loan.lender not in ledger.nodes:
             raise Broken(f"{loan}: its lender is not in the ledger")

@@ -2,8 +2,8 @@
 
 Only full, computed blocks of running sequences move: nothing writes to them any more. Every move has its home at one
 end, because its tensors travel on the lanes that the home's questions use; from lender to lender a block goes by way of
-home. A wish whose target has no room is refused and forgotten, and so is what the layout does not bear out: whoever
-wished looked at an older one.
+home. A wish whose target has no room is refused and forgotten; one to a home that others are leaving waits for them.
+What the layout does not bear out is forgotten, too: whoever wished looked at an older one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from infinillm.core.blocks import stretches
+from infinillm.core.layout import stretches
 from infinillm.core.request import Interval, Sequence
 from infinillm.core.types import Layout, Move, NodeId, SeqId, Stretch
 
@@ -55,6 +55,9 @@ def choose(
                 continue
             to = target if home in (here, target) else home
             if most <= 0 or any(_covers(move, seq, at, block_size) for move in moves):
+                rest = min(rest, at)
+                break
+            if left.get(to, 0) < 1 and to == home and any(each.move.source == home for each in wishes):
                 rest = min(rest, at)
                 break
             if left.get(to, 0) < 1:

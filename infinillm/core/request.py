@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from infinillm.core.types import Chunk, Layout, SeqId
+from infinillm.core.types import Chunk, Layout, SeqId, Span
 from infinillm.errors import BadRequest
 
 MOST_LOGPROBS = 20
@@ -132,6 +132,11 @@ def remove(done: tuple[Interval, ...], start: int, stop: int) -> tuple[Interval,
     return tuple(kept)
 
 
+def total(done: tuple[Interval, ...]) -> int:
+    """How many positions these are."""
+    return sum(stop - start for start, stop in done)
+
+
 def first_gap(done: tuple[Interval, ...], length: int) -> Interval | None:
     """The first run of positions below `length` that nobody has computed, or None."""
     start = 0
@@ -165,6 +170,7 @@ class Sequence:
     done: tuple[Interval, ...] = ()
     layout: Layout = ()  # what is reserved, block by block: spans tile, whole blocks, ordered by start
     cached: int = 0  # tokens of the prompt found in the prefix cache at admission
+    holes: tuple[Interval, ...] = ()  # what was computed, then lost with a node, and not computed again yet
     preemptions: int = 0
 
     @property
@@ -187,18 +193,47 @@ class Sequence:
     def gap(self) -> Interval | None:
         return first_gap(self.done, self.length)
 
+    @property
+    def computed(self) -> int:
+        """Tokens that have K/V somewhere."""
+        return total(self.done)
+
+    def ends_with(self, token: int) -> tuple[str, int | None]:
+        """Why the sequence is over with the token it has just got, if it is, and the token that was to stop it."""
+        request, sampling = self.request, self.request.sampling
+        if self.produced >= sampling.min_tokens:
+            if token in sampling.stop_token_ids:
+                return "stop", token
+            if token in request.eos_ids and not sampling.ignore_eos:
+                return "stop", token
+        return ("length", None) if self.produced >= sampling.max_tokens else ("", None)
+
     def pass_through(self, verb: str) -> None:
         """Take one transition; an illegal one is a missing key, and a defect of ours."""
         self.state = TRANSITIONS[self.state, verb]
 
-    def compute(self, chunk: Chunk) -> None:
+    def compute(self, chunk: Chunk) -> int:
+        """The chunk's positions have K/V now; returns how many of them had been lost."""
+        before = total(self.holes)
         self.done = add(self.done, chunk.start, chunk.stop)
+        self.holes = remove(self.holes, chunk.start, chunk.stop)
+        return before - total(self.holes)
 
-    def lose(self, start: int, stop: int) -> None:
+    def have(self, span: Span) -> None:
+        """Whole blocks of the sequence are there already."""
+        self.done = add(self.done, span.start, span.stop)
+        self.layout = tuple(sorted((*self.layout, span), key=lambda each: each.start))
+
+    def lose(self, start: int, stop: int) -> int:
+        """These positions have no K/V any more; returns how many of them had."""
+        before = self.done
         self.done = remove(self.done, start, stop)
+        for a, b in before:
+            self.holes = add(self.holes, max(a, start), min(b, stop))
+        return total(before) - total(self.done)
 
     def forget(self) -> None:
         """Preemption: nothing is computed any more, nothing reserved."""
         self.pass_through("preempt")
-        self.done, self.layout = (), ()
+        self.done, self.layout, self.holes = (), (), ()
         self.preemptions += 1

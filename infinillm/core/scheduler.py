@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import reduce
 
-from infinillm.core.layout import uncovered
-from infinillm.core.request import Sequence
-from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step
+from infinillm.core.layout import grown, uncovered
+from infinillm.core.request import Interval, Sequence, add, first_gap
+from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step, Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What the prefix cache has for a sequence: tokens, and how many of their blocks are idle (they cost room)."""
+    """What the home has already of a waiting sequence: whole blocks, and how many of them cost room to hold."""
 
-    tokens: int = 0
+    done: tuple[Interval, ...] = ()
     idle: int = 0
 
 
@@ -41,8 +42,9 @@ ROOM_AFTER_PREEMPTION = 32  # blocks, doubled before it is used
 
 
 def need(sequence: Sequence, block_size: int, match: Match = NO_MATCH) -> int:
-    """Blocks a waiting sequence must be given to be admitted, beyond what the prefix cache has for it."""
-    return -(-reserve(sequence, block_size) // block_size) - match.tokens // block_size
+    """Blocks a waiting sequence must be given to be admitted, beyond those that are somewhere already."""
+    there = sum(stop - start for start, stop in match.done) + sum(s.stop - s.start for s in sequence.layout)
+    return -(-reserve(sequence, block_size) // block_size) - there // block_size
 
 
 def reserve(sequence: Sequence, block_size: int) -> int:
@@ -118,6 +120,7 @@ def schedule(
             preempt.append(victim.id)
 
     admit: list[SeqId] = []
+    reuse: list[Stretch] = []
     seats = budget.sequences - len(running)
     if not preempt:
         for sequence in waiting:
@@ -132,13 +135,18 @@ def schedule(
                 short += missing
                 break  # first come, first served: nobody overtakes
             left[home] -= match.idle
-            take(sequence.id, (), match.tokens, reserve(sequence, size))
-            stop = min(sequence.length, match.tokens + tokens)
-            chunks.append(Chunk(sequence.id, match.tokens, stop))
+            here = [Stretch(sequence.id, start, (stop - start) // size) for start, stop in match.done]
+            layout = grown(sequence.layout, [Grow(sequence.id, home, each.first, each.blocks) for each in here], size)
+            take(sequence.id, layout, 0, reserve(sequence, size))
+            gap = first_gap(reduce(lambda done, more: add(done, *more), match.done, sequence.done), sequence.length)
+            assert gap is not None, sequence  # the last token is computed, always
+            start, stop = gap[0], min(gap[1], gap[0] + tokens)
+            chunks.append(Chunk(sequence.id, start, stop))
+            reuse += here
             admit.append(sequence.id)
-            tokens -= stop - match.tokens
+            tokens -= stop - start
             seats -= 1
-    return Step(step, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), short)
+    return Step(step, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), tuple(reuse), short)
 
 
 def _preference(home: NodeId, layout: Layout, left: Mapping[NodeId, int]) -> list[NodeId]:

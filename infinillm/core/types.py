@@ -10,6 +10,8 @@ NodeId: TypeAlias = str
 SeqId: TypeAlias = str
 LoanId: TypeAlias = str
 
+DEVICE, HOST = TIERS = ("device", "host")  # the kinds of memory: where a shard computes, and what is kept behind it
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -126,7 +128,8 @@ class Move(NamedTuple):
 class Step:
     """One pass, as decided: at most one chunk per sequence; `preempt` is disjoint from the chunks.
 
-    `short` is how many more blocks the step would have used had there been room: a wish to borrow.
+    `reuse`: blocks the home has already of sequences it admits. `short` is how many more blocks the step would have
+    used had there been room: a wish to borrow.
     """
 
     id: int
@@ -134,6 +137,7 @@ class Step:
     grow: tuple[Grow, ...] = ()
     preempt: tuple[SeqId, ...] = ()
     admit: tuple[SeqId, ...] = ()
+    reuse: tuple[Stretch, ...] = ()
     short: int = 0
 
 
@@ -192,6 +196,9 @@ class Node:
     running: int = 0
     waiting: int = 0
     wanted: int = 0  # blocks its queue asks for beyond what it holds
+    lost: int = 0  # tokens of its sequences lost with another node since it started
+    repaired: int = 0  # of those, tokens computed again
+    tier: str = DEVICE  # what its blocks are made of
 
     @property
     def free(self) -> int:
@@ -208,6 +215,7 @@ class Loan:
     blocks: int
     until: float
     used: int = 0
+    recalled: int = 0  # blocks the lender wants back and has not got
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from infinillm.core.blocks import prefix_hashes
 from infinillm.core.layout import filled, grown, plan, without
-from infinillm.core.request import FINISHED, Request, Sequence
-from infinillm.core.scheduler import Budget, Match, need, schedule
+from infinillm.core.request import FINISHED, MOVED, Request, Sequence, total
+from infinillm.core.scheduler import Budget, need, schedule
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
-from infinillm.engine.messages import Borrowed, Cancel, Load, Message, MoveBlocks, Output, Stop, Submit
+from infinillm.engine.measures import count
+from infinillm.engine.messages import (
+    Borrowed,
+    Cancel,
+    HandOver,
+    Load,
+    Message,
+    MoveBlocks,
+    Output,
+    Placement,
+    Stop,
+    Submit,
+)
 from infinillm.engine.moves import Moves
+from infinillm.engine.names import Names
 from infinillm.engine.runner import Runner, told_logprob
 from infinillm.errors import InfinillmError, NodeLost, Overloaded, Unavailable
 from infinillm.model.sampler import Choice
@@ -61,15 +73,16 @@ class Engine:
         self.node, self.runner, self.memory, self.lenders, self.budget = node, runner, memory, lenders, budget
         self.publish, self.borrow, self.metrics = publish, borrow, metrics
         self.attend = PooledAttention(node, memory, lenders, metrics)
-        self.moves = Moves(node, memory, lenders, budget.moves, metrics)
+        self.names = Names(node, memory, lenders)
+        self.moves = Moves(node, memory, lenders, self.names, budget.moves, metrics)
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.sequences: dict[SeqId, Sequence] = {}
-        self.names: dict[SeqId, list[bytes]] = {}
         self.prompts: dict[SeqId, dict[int, TokenLogprob]] = {}
         self.load = Load()
         self.finished: dict[SeqId, tuple[int, Layout]] = {}
+        self.lost = self.repaired = 0  # tokens lost with other nodes, and computed again, since the start
         self.failure: BaseException | None = None
         self._step = 0
         self._failed = 0  # passes in a row that raised
@@ -77,7 +90,7 @@ class Engine:
         self._asking = False
         self._ask_again = 0.0
         self._denied = False
-        self._stopping = False
+        self._stopping = self._handing_over = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -137,9 +150,9 @@ class Engine:
             return False
         self._failed = 0
         self._again = ()
-        self.moves.switch(self.sequences, self.names)
+        self.moves.switch(self.sequences)
         outputs = self.append(step, sampled, prompts)
-        self._count(step, time.monotonic() - began)
+        count(self.metrics, self.node, step, self.sequences, time.monotonic() - began)
         self._tell_load(step)
         self.publish(outputs)
         return True
@@ -148,8 +161,8 @@ class Engine:
         """The next step. The caller holds the locks of memory and lenders."""
         self._step += 1
         waiting = self.waiting[:MOST_ADMITTED]
-        matches = {sequence.id: self._match(sequence) for sequence in waiting}
-        room = {self.node: self.memory.blocks.room, **self.lenders.room()}
+        matches = {sequence.id: self.names.match(sequence) for sequence in waiting}
+        room = self.moves.beside({self.node: self.memory.blocks.room, **self.lenders.room()})
         patient = not self._denied
         return schedule(self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient)
 
@@ -160,16 +173,18 @@ class Engine:
             self._preempt(self.sequences[seq])
         for seq in step.admit:
             sequence = self.sequences[seq]
-            start = next(chunk.start for chunk in step.chunks if chunk.seq == seq)
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.pass_through("admit")
-            sequence.cached = start if not sequence.preemptions else sequence.cached
-            if start:
-                self.memory.blocks.share(seq, self.names[seq][: start // size])
-                sequence.done = ((0, start),)
-                sequence.layout = (Span(self.node, 0, start),)
-                self.metrics.add("prompt_tokens_cached_total", start)
+            shared = sequence.computed
+            reused = [each for each in step.reuse if each.seq == seq]
+            for each in reused:
+                self.names.reuse(each)
+                sequence.have(Span(self.node, each.first, each.first + each.blocks * size))
+            self.metrics.add("prompt_tokens_shared_total", shared)
+            self.metrics.add("prompt_tokens_cached_total", sequence.computed - shared)
+            if not sequence.preemptions:
+                sequence.cached = min(sequence.computed, len(sequence.request.prompt))
         for grow in step.grow:
             if grow.node == self.node:
                 refused = self.memory.blocks.grow(grow.seq, grow.first, grow.blocks)
@@ -187,8 +202,10 @@ class Engine:
         outputs: list[Output] = []
         for chunk in step.chunks:
             sequence = self.sequences[chunk.seq]
-            sequence.compute(chunk)
-            self._seal(sequence, chunk.start, chunk.stop)
+            repaired = sequence.compute(chunk)
+            self.repaired += repaired
+            self.metrics.add("repaired_tokens_total", repaired)
+            self.names.seal(sequence, chunk.start, chunk.stop)
             told: tuple[TokenLogprob, ...] = ()
             if chunk.seq in prompts:
                 at = self.prompts.setdefault(chunk.seq, {})
@@ -209,19 +226,10 @@ class Engine:
             choice = sampled[chunk.seq]
             self.metrics.add("generation_tokens_total")
             sequence.tokens.append(choice.token)
-            reason, stop = _finish_reason(sequence, choice.token)
+            reason, stop = sequence.ends_with(choice.token)
             logprob = told_logprob(choice)
-            outputs.append(
-                Output(
-                    chunk.seq,
-                    (choice.token,),
-                    () if logprob is None else (logprob,),
-                    told,
-                    reason,
-                    stop,
-                    sequence.cached,
-                )
-            )
+            logprobs = () if logprob is None else (logprob,)
+            outputs.append(Output(chunk.seq, (choice.token,), logprobs, told, reason, stop, sequence.cached))
             if reason:
                 self._finish(sequence, reason)
         return outputs
@@ -242,19 +250,24 @@ class Engine:
 
     def _hear(self, message: Message) -> None:
         match message:
-            case Submit(request):
+            case Submit(request, shared):
                 sequence = Sequence(request, [*request.prompt, *request.already])
+                for span in shared:
+                    sequence.have(span)
                 self.sequences[request.id] = sequence
-                self.names[request.id] = prefix_hashes(request.prompt, self.budget.block_size, request.cache_salt)
+                self.names.begin(sequence)
                 at = next((i for i, s in enumerate(self.waiting) if s.request.arrival > request.arrival), None)
                 self.waiting.insert(len(self.waiting) if at is None else at, sequence)
                 self.metrics.add("prompt_tokens_total", len(request.prompt))
+                if self._handing_over:
+                    self._hand_over([sequence])
             case Cancel(id):
                 if id in self.sequences:
                     self._finish(self.sequences[id], "cancelled")
             case Borrowed(answer, never):
                 self._asking = False
                 self._denied = isinstance(answer, Refused)
+                self.moves.hear_lent(self._denied)
                 self._ask_again = time.monotonic() + RETRY_SECONDS
                 if isinstance(answer, Refused) and (first := self.sequences.get(never)) in self.waiting:
                     assert first is not None
@@ -263,28 +276,33 @@ class Engine:
                     self.publish([Output(first.id, error=Unavailable(shrunk))])
             case MoveBlocks():
                 self.moves.hear(message, self.sequences.get(message.seq))
+            case HandOver(waiting):
+                self._handing_over = True
+                self._hand_over([*self.waiting] if waiting else [*self.running, *self.waiting])
             case Stop():
                 self._stopping = True
 
     def _wish(self, step: Step) -> None:
-        """Ask for the blocks the step was short of; a little more for sequences that keep growing."""
-        if not step.short:
+        """Ask for room for what lenders want back, or for what the step was short of, and a little more for what grows."""
+        if not (step.short or self.moves.homeless):
             self._denied = False
             return
         if self._asking or time.monotonic() < self._ask_again:
             return
+        self._asking = True
+        if self.moves.ask():
+            self.borrow(1, self.moves.homeless, None)
+            return
         size = self.budget.block_size
         growing = [*self.running, *self.waiting[:1]]
         coming = sum(-(-(s.request.longest - s.length) // size) for s in growing)
-        self._asking = True
         alone = self.waiting[0].request if self.waiting and not self.running else None
         self.borrow(step.short, step.short + min(coming, 64), alone)
 
     # --- ends ----------------------------------------------------------------------------------------------------
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        computed = sum(stop - start for start, stop in sequence.done)
-        self.finished[sequence.id] = (computed, filled(sequence.layout, computed))
+        self.finished[sequence.id] = (sequence.computed, filled(sequence.layout, sequence.computed))
         while len(self.finished) > KEPT_PLACEMENTS:
             del self.finished[next(iter(self.finished))]
         self._release(sequence.id)
@@ -293,7 +311,8 @@ class Engine:
         else:
             self.waiting.remove(sequence)
         sequence.pass_through("finish")
-        del self.sequences[sequence.id], self.names[sequence.id]
+        del self.sequences[sequence.id]
+        self.names.end(sequence.id)
         self.prompts.pop(sequence.id, None)
         self.metrics.add("requests_total", outcome=reason)
 
@@ -311,6 +330,14 @@ class Engine:
         self.lenders.release(id)
         self.moves.forget(id)
         self._again = tuple(g for g in self._again if g.seq != id)
+
+    def _hand_over(self, sequences: list[Sequence]) -> None:
+        """What they have stays where it is, under its names, for whoever goes on with them."""
+        for sequence in sequences:
+            self._finish(sequence, MOVED)
+        if sequences:
+            log("handed_over", requests=len(sequences))
+            self.publish([Output(sequence.id, finish_reason=MOVED) for sequence in sequences])
 
     def _fail_all(self, error: InfinillmError) -> None:
         outputs = []
@@ -339,62 +366,29 @@ class Engine:
         self.moves.abandon()
         self.lenders.drop(lost.node)
         self._again = tuple(g for g in (*self._again, *step.grow) if g.node not in (self.node, lost.node))
-        for sequence in self.running:
+        for sequence in [*self.running, *self.waiting]:
             sequence.layout, gone = without(sequence.layout, lost.node)
             for span in gone:
-                sequence.lose(span.start, span.stop)
+                tokens = sequence.lose(span.start, span.stop)
+                self.lost += tokens
+                self.metrics.add("hole_tokens_total", tokens)
 
     # --- small things --------------------------------------------------------------------------------------------
-
-    def _match(self, sequence: Sequence) -> Match:
-        size = self.budget.block_size
-        if sequence.request.sampling.prompt_logprobs is not None:
-            return Match()  # they need every position computed
-        names = self.names[sequence.id][: (sequence.length - 1) // size]
-        found, idle = self.memory.blocks.match(names)
-        return Match(found * size, idle)
-
-    def _seal(self, sequence: Sequence, start: int, stop: int) -> None:
-        size, names = self.budget.block_size, self.names[sequence.id]
-        for i in range(start // size, min(stop // size, len(names))):
-            with self.memory.lock:
-                self.memory.blocks.seal(sequence.id, i * size, names[i])
-
-    def _count(self, step: Step, seconds: float) -> None:
-        m = self.metrics
-        m.add("steps_total")
-        m.observe("step_seconds", seconds)
-        m.observe("step_tokens", sum(c.stop - c.start for c in step.chunks))
-        local = remote = 0
-        for chunk in step.chunks:
-            if (sequence := self.sequences.get(chunk.seq)) is None:
-                continue
-            for span in sequence.layout:
-                seen = max(0, min(span.stop, chunk.stop) - span.start)
-                local, remote = (local + seen, remote) if span.node == self.node else (local, remote + seen)
-        m.add("attention_tokens_total", local, place="local")
-        m.add("attention_tokens_total", remote, place="remote")
 
     def _tell_load(self, step: Step) -> None:
         size = self.budget.block_size
         wanted = sum(need(s, size) for s in self.waiting)
         layouts = {s.id: filled(s.layout, s.length) for s in self.running}
-        self.load = Load(len(self.running), len(self.waiting), wanted, layouts)
+        missing = sum(total(s.holes) for s in (*self.running, *self.waiting))
+        self.load = Load(
+            len(self.running), len(self.waiting), wanted, layouts, self.lost, self.repaired, missing, self.moves.blocks
+        )
 
-    def placement(self, id: SeqId) -> tuple[str, int, Layout] | None:
-        """State, tokens and spans of a request that runs here or ended here not long ago."""
+    def placement(self, id: SeqId) -> Placement | None:
+        """Where a request is that runs here, or where one was that ended here not long ago."""
         if (sequence := self.sequences.get(id)) is not None:
-            return sequence.state, sequence.length, filled(sequence.layout, sequence.length)
+            layout = filled(sequence.layout, sequence.length)
+            return Placement(sequence.state, sequence.length, layout, sequence.holes, self.moves.of(id))
         if id in self.finished:
-            return FINISHED, *self.finished[id]
+            return Placement(FINISHED, *self.finished[id])
         return None
-
-
-def _finish_reason(sequence: Sequence, token: int) -> tuple[str, int | None]:
-    request, sampling = sequence.request, sequence.request.sampling
-    if sequence.produced >= sampling.min_tokens:
-        if token in sampling.stop_token_ids:
-            return "stop", token
-        if token in request.eos_ids and not sampling.ignore_eos:
-            return "stop", token
-    return ("length", None) if sequence.produced >= sampling.max_tokens else ("", None)

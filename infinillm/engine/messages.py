@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from infinillm.core.moves import Wish
 from infinillm.core.policy.orders import MoveBlocks
-from infinillm.core.request import Request
+from infinillm.core.request import Interval, Request
 from infinillm.core.types import Layout, Refused, SeqId, TokenLogprob
 from infinillm.errors import InfinillmError
 
-__all__ = ["Borrowed", "Cancel", "Load", "Message", "MoveBlocks", "Output", "Stop", "Submit"]
+__all__ = ["Borrowed", "Cancel", "HandOver", "Load", "Message", "MoveBlocks", "Output", "Placement", "Stop", "Submit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
+    """`shared`: blocks that other nodes keep for it already."""
+
     request: Request
+    shared: Layout = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +50,43 @@ class Borrowed:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """All requests, or those that wait, are to go on elsewhere, and so is whatever is submitted later."""
+
+    waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Message: TypeAlias = Submit | Cancel | Borrowed | MoveBlocks | Stop
+Message: TypeAlias = Submit | Cancel | Borrowed | MoveBlocks | HandOver | Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the engine tells the process about itself."""
+    """What the engine tells the process about itself.
+
+    `lost` and `repaired` count tokens since the start, `missing` those lost and not computed again yet, `moving` blocks
+    that are to lie elsewhere.
+    """
 
     running: int = 0
     waiting: int = 0
     wanted: int = 0
     layouts: dict[SeqId, Layout] = field(default_factory=dict)
+    lost: int = 0
+    repaired: int = 0
+    missing: int = 0
+    moving: int = 0
+
+
+class Placement(NamedTuple):
+    """Where a request is: its spans, the holes that nobody has computed again yet, and what is to lie elsewhere."""
+
+    state: str
+    tokens: int
+    layout: Layout
+    holes: tuple[Interval, ...] = ()
+    moving: tuple[Wish, ...] = ()

@@ -7,8 +7,10 @@ them the sequence's, changes its layout, and lets go of the source: at home at o
 pass that failed calls `abandon`: nothing was changed, and all wishes are forgotten, because the world is another. What
 a lender did not hear is mended when the conversation opens again.
 
-A lender may want blocks back. Nothing new goes to it then, and what lies there comes home as far as there is room;
-where there is none, the youngest sequence that lies there gives way.
+A lender may want blocks back. Nothing new goes to it then, and what lies there comes home as far as there is room.
+Where there is none, blocks of home go to other lenders, so that there is; the room at both ends is kept for that. Where
+no lender has any either, the engine asks others for some; when it is refused, the youngest sequence that lies there
+gives way. A block that is not full cannot move: it waits until it is, and the lender's patience is the end.
 """
 
 from __future__ import annotations
@@ -20,21 +22,36 @@ from infinillm.core.layout import moved
 from infinillm.core.moves import Wish, choose, pick
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Sequence as Running
-from infinillm.core.types import Move, NodeId, SeqId
+from infinillm.core.types import Move, NodeId, SeqId, Stretch
+from infinillm.engine.names import Names
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
+
+RECALLED, ROOM = "recalled", "room for what is recalled"
 
 
 class Moves:
     """See the theory of operation above. `most`: tokens that may move beside one step, rounded up to whole blocks."""
 
-    def __init__(self, home: NodeId, memory: Memory, lenders: Lenders, most: int, metrics: Metrics):
-        self.home, self.memory, self.lenders, self.metrics = home, memory, lenders, metrics
+    def __init__(self, home: NodeId, memory: Memory, lenders: Lenders, names: Names, most: int, metrics: Metrics):
+        self.home, self.memory, self.lenders, self.names, self.metrics = home, memory, lenders, names, metrics
         self.most = -(-most // memory.blocks.block_size)
         self.wishes: tuple[Wish, ...] = ()
         self.now: tuple[Move, ...] = ()  # of the step in hand
         self.done: tuple[Move, ...] = ()  # sources that are lenders and have not heard yet that they may let go
+        self.homeless = 0  # blocks which lenders want back, and which have nowhere to go
+        self._asked = self._refused = False  # for room for these
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on their way, or waiting for their turn."""
+        return sum(move.blocks for move in (*self.now, *(wish.move for wish in self.wishes)))
+
+    def of(self, seq: SeqId) -> tuple[Wish, ...]:
+        """What of this sequence is on its way, or waits for its turn, and why."""
+        wishes = (*(Wish(move, "beside this step") for move in self.now), *self.wishes)
+        return tuple(wish for wish in wishes if wish.move.seq == seq)
 
     def wish(self, move: Move, reason: str) -> None:
         self.wishes = (*self.wishes, Wish(move, reason))
@@ -47,20 +64,54 @@ class Moves:
             self.wish(Move(said.seq, said.source, said.target, stretch.first, stretch.blocks), said.reason)
 
     def repay(self, running: Sequence[Running]) -> list[Running]:
-        """Wish home what lenders want back; returns who has to give way for it. The caller holds the locks."""
+        """Wish home what lenders want back, or room for it; returns who gives way. The caller holds the locks."""
         give_way: list[Running] = []
+        self.homeless, size = 0, self.memory.blocks.block_size
         for node, owed in self.lenders.owed().items():
             there = [s for s in reversed(running) if any(span.node == node for span in s.layout)]
-            if not there or any(wish.move.source == node for wish in self.wishes):
+            found = [stretch for s in there for stretch in pick(s, node, owed, size)]
+            owed = min(owed, sum(stretch.blocks for stretch in found))
+            if not owed or any(wish.move.source == node for wish in self.wishes):
                 continue
-            room = min(owed, self.memory.blocks.room, owed * self.most)
-            if room < 1 and there[0] not in give_way:
-                give_way.append(there[0])
-            for sequence in there:
-                for stretch in pick(sequence, node, room, self.memory.blocks.block_size):
-                    self.wish(Move(sequence.id, node, self.home, stretch.first, stretch.blocks), "recalled")
-                    room -= stretch.blocks
-        return give_way
+            if room := min(owed, self.memory.blocks.room, owed * self.most):
+                self._send(found, node, self.home, room, RECALLED)
+            elif not any(wish.reason == ROOM for wish in self.wishes):
+                target, room = max(self.lenders.room().items(), key=lambda each: each[1])
+                others = [s for s in reversed(running) if s not in there]
+                mine = [stretch for s in (*there, *others) for stretch in pick(s, self.home, owed, size)]
+                if not (mine and self.most):
+                    give_way += there[:1]
+                elif room:
+                    self._send(mine, self.home, target, min(owed, room), ROOM)
+                elif self._refused:
+                    give_way += there[:1]
+                else:
+                    self.homeless += owed
+        self._refused &= not give_way
+        return list(dict.fromkeys(give_way))
+
+    def _send(self, found: Sequence[Stretch], source: NodeId, target: NodeId, blocks: int, reason: str) -> None:
+        """Wish so many of these blocks there."""
+        for seq, first, count in found:
+            if (count := min(count, blocks)) > 0:
+                self.wish(Move(seq, source, target, first, count), reason)
+                blocks -= count
+
+    def ask(self) -> bool:
+        """Whether room has to be borrowed for what lenders want back; `hear_lent` is told the answer."""
+        self._asked = self.homeless > 0
+        return self._asked
+
+    def hear_lent(self, refused: bool) -> None:
+        self._asked, self._refused = False, self._asked and refused
+
+    def beside(self, room: Mapping[NodeId, int]) -> dict[NodeId, int]:
+        """What of this room is not kept for what lenders want back."""
+        left = dict(room)
+        for wish in self.wishes:
+            if wish.reason in (RECALLED, ROOM) and wish.move.target in left:
+                left[wish.move.target] = max(0, left[wish.move.target] - wish.move.blocks)
+        return left
 
     def reserve(self, running: Sequence[Running]) -> None:
         """Choose what moves beside this step, and hold room for it. The caller holds the locks of both books."""
@@ -81,7 +132,7 @@ class Moves:
                 self.lenders.stage(move.target, move.stretch)
         self.wishes, self.now = chosen.wishes, chosen.moves
 
-    def switch(self, sequences: Mapping[SeqId, Running], names: Mapping[SeqId, Sequence[bytes]]) -> None:
+    def switch(self, sequences: Mapping[SeqId, Running]) -> None:
         """The pass succeeded: what was copied is the sequence's, and its sources let go."""
         if not self.now and not self.done:
             return
@@ -96,8 +147,7 @@ class Moves:
                     blocks.leave(*move.stretch)
                 else:
                     self.lenders.leave(move.source, move.stretch)
-                    for i in range(move.first // size, min(move.first // size + move.blocks, len(names[move.seq]))):
-                        blocks.seal(move.seq, i * size, names[move.seq][i])
+                self.names.seal(sequence, move.first, move.first + move.blocks * size)
         for move in self.now:
             log("moved", request=move.seq, tokens=move.blocks * size, source=move.source, target=move.target)
             direction = "home" if move.target == self.home else "away"

@@ -1,12 +1,8 @@
 """A node's half of the conversation: lending blocks, keeping K/V, answering questions with partials.
 
-Theory of operation. A borrower first gets a loan (Lend), then a lane (OpenPort), then opens Converse. From there on
-one thread per borrower does, for each plan in the order they came: leave, grow, then layer by layer receive [q, k, v
-and blocks that move here], write, attend, send [o, lse and blocks that move home]. Blocks that move here are staged,
-and adopted with the last layer, whose answer says so. Releases travel in the same order as plans, so nothing is freed
-under a plan's feet. A plan that is older than the last, or that the books refuse, ends the conversation: the borrower's
-port closes, and it knows. Loans outlive conversations: a borrower that reconnects before its loan lapses finds its
-blocks where they were.
+Theory of operation. A borrower first gets a loan (Lend), then a lane (OpenPort), then opens Converse; what it says from
+there on, one thread per borrower carries out (see `hear`). Loans outlive conversations: a borrower that reconnects
+before its loan lapses finds its blocks where they were.
 
 Everything after Lend names the loan. A loan belongs to one incarnation of its borrower: a later one ends it, and an
 earlier one is Stale. What is remembered of borrowers ends with their loans.
@@ -22,102 +18,21 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from infinillm import wire
-from infinillm.core.types import Loan, LoanId, Node, NodeId, Plan, Refused, SeqId, difference
-from infinillm.errors import BadRequest, Broken, DeadlineExceeded, NotFound, PortClosed, Stale
+from infinillm.core.types import Loan, LoanId, Node, NodeId, Refused, Stretch, difference
+from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed, Stale
+from infinillm.pool.hear import Conversation, Holds, Name, Over, Release, Share, carry_out
 from infinillm.pool.memory import Memory
 from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
-from infinillm.transport.base import Listener, Port
 from infinillm.transport.lanes import Lanes, choose, host_key
 
 DOUBT_SECONDS = 3.0  # a borrower that lives and needs its blocks talks again with its next step
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
-
-
-class _Over:
-    """Said to a conversation's thread: no more plans will come."""
-
-
-class _Holds(dict[SeqId, set[int]]):
-    """Said first: which blocks the borrower has here, by position. All others of its are let go."""
-
-
-@dataclass(eq=False)
-class Conversation:
-    """What one borrower said, waiting for its thread."""
-
-    borrower: NodeId
-    loan: LoanId
-    listener: Listener
-    ended: asyncio.Future[str]
-    opened: threading.Event = field(default_factory=threading.Event)
-    inbox: SimpleQueue[Plan | _Holds | str | _Over] = field(default_factory=SimpleQueue)
-    news: asyncio.Queue[int] = field(default_factory=asyncio.Queue)  # blocks we want back
-    port: Port | None = None
-    closed: bool = False
-
-    def close(self) -> None:
-        self.closed = True
-        self.inbox.put(_Over())
-        self.opened.set()
-        self.listener.close()
-        if self.port is not None:
-            self.port.close()
-
-
-def answer(memory: Memory, port: Port, talk: Conversation) -> str:
-    """Carry out what a borrower says until it leaves; returns why the conversation ended."""
-    shape, store = memory.store.shape, memory.store
-    dtype, device = store.dtype, store.device
-    last = 0
-    with torch.inference_mode():
-        while True:
-            said = talk.inbox.get()
-            if talk.closed:
-                return "the conversation was ended"
-            match said:
-                case _Over():
-                    return "the borrower left"
-                case _Holds() as held:
-                    with memory.lock:
-                        memory.blocks.keep(held, talk.borrower)
-                case str(seq):
-                    with memory.lock:
-                        memory.blocks.release(seq, talk.borrower)
-                case Plan() as plan:
-                    if plan.step <= last:
-                        return f"plan {plan.step} came after {last}"
-                    last = plan.step
-                    if refused := memory.accept(plan, talk.borrower):
-                        return refused.reason
-                    try:
-                        work = memory.work(plan.parts, talk.borrower)
-                        taken = memory.found(plan.take, talk.borrower, staged=True)
-                        given = memory.found(plan.give, talk.borrower, staged=False)
-                    except Broken as broken:
-                        return f"plan {plan.step}: {broken.message}"
-                    if not (work.rows or work.kept or taken or given):
-                        continue
-                    q = torch.empty(work.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)
-                    k = torch.empty(work.kept, shape.kv_heads, shape.head_dim, dtype=dtype, device=device)
-                    v = torch.empty_like(k)
-                    for layer in range(shape.layers):
-                        port.recv([q, k, v, *store.whole(layer, taken)])
-                        if work.kept:
-                            store.write(layer, k, v, work.slots)
-                        back = [*store.attend(layer, q, work.table)] if work.rows else []
-                        back += store.whole(layer, given)
-                        if taken and layer == shape.layers - 1:
-                            memory.adopt(plan.take, talk.borrower)
-                            back.append(torch.ones(1, dtype=torch.uint8, device=device))
-                        port.send(back)
 
 
 class PoolService:
@@ -151,7 +66,7 @@ class PoolService:
         borrower, incarnation, node = request.borrower, request.borrower_incarnation, self.memory.blocks.node
         if not borrower or not incarnation:
             raise BadRequest("borrower and borrower_incarnation must be set", field="borrower")
-        if self.draining:
+        if self.draining and request.blocks:  # who goes on with its requests shares what they have here
             return pb.LendResponse(refused=f"{node} is draining")
         self._check_current(borrower, incarnation)
         if not (known := self.incarnations.get(borrower) == incarnation and bool(request.loan)):
@@ -189,6 +104,12 @@ class PoolService:
             self.metrics.add("loan_operations_total", operation="return")
         return pb.ReturnResponse()
 
+    def end(self) -> None:
+        """Lend no more, and have everybody take away what lies here. Called from the event loop."""
+        self.draining = True
+        for talk in self.conversations.values():
+            talk.news.put_nowait(pb.ConverseResponse(ending=True))
+
     def recall(self, blocks: int) -> None:
         """Want so many blocks back, of the largest loans first. Called from the event loop."""
         with self.memory.lock:
@@ -202,7 +123,18 @@ class PoolService:
             log("recalled", loan=loan.id, borrower=loan.borrower, blocks=asked)
             self.metrics.add("loan_operations_total", operation="recall")
             for talk in self._talks(loan.borrower):
-                talk.news.put_nowait(asked)
+                if talk.opened.is_set():  # else it will be said first
+                    talk.news.put_nowait(pb.ConverseResponse(recalled=asked))
+
+    def wanted(self, loan: Loan) -> int:
+        """How many blocks of this loan were recalled and have not come yet."""
+        least, _ = self.recalls.get(loan.id, (loan.blocks, 0.0))
+        return max(loan.blocks - least, 0)
+
+    def _wanted_from(self, borrower: NodeId) -> int:
+        with self.memory.lock:
+            loan = self.memory.blocks.loans.get(borrower)
+            return self.wanted(loan) if loan is not None else 0
 
     def _late(self, loan: Loan, now: float) -> bool:
         """Whether blocks of this loan were recalled and have not come in time."""
@@ -293,15 +225,20 @@ class PoolService:
         self._renew(talk)
         talk.inbox.put(self._holds(first.open))
         talk.opened.set()
+        recalled = self._wanted_from(talk.borrower)  # nobody may have been there to hear it
         listening = asyncio.create_task(self._listen(requests, talk))
-        news: asyncio.Future[int] = asyncio.create_task(talk.news.get())
+        news: asyncio.Future[pb.ConverseResponse] = asyncio.create_task(talk.news.get())
         try:
             yield pb.ConverseResponse(open=name)
+            if self.draining:
+                yield pb.ConverseResponse(ending=True)
+            if recalled:
+                yield pb.ConverseResponse(recalled=recalled)
             while not talk.ended.done():
                 either: list[asyncio.Future[Any]] = [talk.ended, news]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if news.done():
-                    yield pb.ConverseResponse(recalled=news.result())
+                    yield news.result()
                     news = asyncio.create_task(talk.news.get())
             yield pb.ConverseResponse(refused=talk.ended.result())
         finally:
@@ -309,26 +246,37 @@ class PoolService:
             news.cancel()
             talk.close()
 
-    def _holds(self, said: pb.Open) -> _Holds:
+    def _holds(self, said: pb.Open) -> Holds:
         if sum(each.blocks for each in said.held) > self.memory.blocks.count:
             raise BadRequest(f"{self.memory.blocks.node} has not so many blocks", field="open")
-        held, size = _Holds(), self.memory.blocks.block_size
+        held, size = Holds(), self.memory.blocks.block_size
         for each in said.held:
             held.setdefault(each.sequence, set()).update(range(each.first, each.first + each.blocks * size, size))
         return held
 
     async def _listen(self, requests: AsyncIterator[pb.ConverseRequest], talk: Conversation) -> None:
+        size, loop = self.memory.blocks.block_size, asyncio.get_running_loop()
+
+        def shared(blocks: list[Stretch]) -> None:
+            reply = pb.ConverseResponse(shared=pb.Shared(blocks=wire.stretches_to_wire(blocks)))
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(talk.news.put_nowait, reply)
+
         try:
             async for request in requests:
                 match request.WhichOneof("said"):
                     case "plan":
                         talk.inbox.put(wire.plan_from_wire(request.plan))
                     case "release":
-                        talk.inbox.put(request.release.sequence)
+                        talk.inbox.put(Release(request.release.sequence))
+                    case "name":
+                        talk.inbox.put(Name(*wire.names_from_wire(request.name, size)))
+                    case "share":
+                        talk.inbox.put(Share(*wire.names_from_wire(request.share, size), shared))
                     case "renew":
                         self._renew(talk)
         finally:
-            talk.inbox.put(_Over())
+            talk.inbox.put(Over())
 
     def _renew(self, talk: Conversation) -> None:
         with self.memory.lock:
@@ -340,7 +288,7 @@ class PoolService:
         try:
             talk.port = talk.listener.accept(self.patience)
             if talk.opened.wait(self.patience):
-                reason = answer(self.memory, talk.port, talk)
+                reason = carry_out(self.memory, talk.port, talk)
             else:
                 reason = "the port was taken, but no conversation followed"
         except (PortClosed, DeadlineExceeded) as closed:

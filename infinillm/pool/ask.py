@@ -4,6 +4,10 @@
 rows (and K/V rows to keep), computes its own partial while the wire works, and merges the remote partials as they
 arrive. What it sends per decoded token does not depend on the context. Blocks that move travel with the questions and
 the answers, as they lie in the stores.
+
+What a node says is believed, but for two things that cost microseconds to see: numbers that are not finite, and answers
+that are out of step (the last one ends with the number of the step, so a node that says too much or too little is found
+out before the step counts). Such a node is lost, with all it holds, and not asked for memory again for a while.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -38,7 +44,7 @@ class Share:
 class Exchange:
     """What goes to one remote node and comes back, in every layer of a step: rows, and blocks of our store.
 
-    `heard` comes with the last layer, from a node that took blocks: it has all of them.
+    `echo` is the number of the step, which comes back with the last layer: all before it was heard and answered.
     """
 
     share: Share
@@ -47,7 +53,8 @@ class Exchange:
     lse: Tensor
     taken: list[int]
     given: list[int]
-    heard: list[Tensor]
+    step: int
+    echo: Tensor
 
 
 class PooledAttention:
@@ -76,8 +83,8 @@ class PooledAttention:
             if share.row_count or share.kept_count or taken or given:
                 o = torch.empty(share.row_count, shape.heads, shape.head_dim, dtype=store.dtype, device=store.device)
                 lse = torch.empty(share.row_count, shape.heads, dtype=torch.float32, device=store.device)
-                heard = [torch.empty(1, dtype=torch.uint8, device=store.device)] if taken else []
-                self.remote.append(Exchange(share, talk.port, o, lse, taken, given, heard))
+                echo = torch.empty(1, dtype=torch.int64, device=store.device)
+                self.remote.append(Exchange(share, talk.port, o, lse, taken, given, plan.step, echo))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k, v [T, K, D] after RoPE, contiguous; returns o [T, H, D]. Raises NodeLost."""
@@ -92,23 +99,31 @@ class PooledAttention:
         o, lse = self._here(layer, q, k, v)
         for to in self.remote:
             share, theirs, their_lse = to.share, to.o, to.lse
-            heard = to.heard if layer == store.shape.layers - 1 else []
-            if not (share.row_count or to.given or heard):
+            last = layer == store.shape.layers - 1
+            if not (share.row_count or to.given or last):
                 continue
             waited = time.perf_counter()
             try:
-                to.port.recv([theirs, their_lse, *store.whole(layer, to.given), *heard])
+                to.port.recv([theirs, their_lse, *store.whole(layer, to.given), *[to.echo] * last])
             except PortClosed as closed:
                 raise NodeLost(closed.message, node=share.node) from closed
             self.metrics.observe("port_wait_seconds", time.perf_counter() - waited, peer=share.node)
-            merge = store.body.merge
+            if last and int(to.echo) != to.step:
+                self._doubt(share.node, f"its answers end with {int(to.echo)}, not with step {to.step}")
             if not share.row_count:
                 continue
+            if not (isfinite(theirs.sum(dtype=torch.float32)) and their_lse.amax() < inf) and isfinite(q.float().sum()):
+                self._doubt(share.node, "its numbers are not finite, though those it was asked with are")
+            merge = store.body.merge
             if share.rows is None:
                 o, lse = merge(o, lse, theirs, their_lse)
             else:
                 o[share.rows], lse[share.rows] = merge(o[share.rows], lse[share.rows], theirs, their_lse)
         return o
+
+    def _doubt(self, node: NodeId, reason: str) -> NoReturn:
+        self.lenders.doubt(node)
+        raise NodeLost(f"{node} answers nonsense: {reason}", node=node)
 
     def _here(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         store = self.memory.store

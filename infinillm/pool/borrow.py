@@ -18,12 +18,12 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
-from dataclasses import dataclass, field
 
 from infinillm import rpc, wire
-from infinillm.core.blocks import stretches
+from infinillm.core.layout import stretches
 from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
-from infinillm.errors import InfinillmError, NodeLost
+from infinillm.errors import InfinillmError, NodeLost, Unavailable
+from infinillm.pool.lender import Lender
 from infinillm.pool.memory import Memory
 from infinillm.pool.talk import POOL, REOPEN_SECONDS, Conversation
 from infinillm.protos import pool_pb2 as pb
@@ -31,36 +31,7 @@ from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes, host_key
 
 RPC_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class Lender:
-    """One node we borrow from."""
-
-    node: NodeId
-    address: str
-    loan: LoanId
-    blocks: int
-    held: dict[SeqId, set[int]] = field(default_factory=dict)  # blocks by the position of their first token
-    staged: dict[SeqId, set[int]] = field(default_factory=dict)  # those on their way there
-    conversation: Conversation | None = None
-    leaving: dict[SeqId, int] = field(default_factory=dict)  # blocks that left, which the lender may not have heard
-    recalled: int = 0  # blocks the lender wants back
-    unsaid: set[SeqId] = field(default_factory=set)  # released while there was no conversation to say it in
-    idle_since: float = 0.0
-
-    @property
-    def room(self) -> int:
-        """Blocks that sequences may take."""
-        return max(0, self.spare - self.recalled)
-
-    @property
-    def spare(self) -> int:
-        return self.blocks - self.used
-
-    @property
-    def used(self) -> int:
-        return sum(map(len, self.held.values())) + sum(map(len, self.staged.values()))
+DOUBT_SECONDS = 60.0  # for which a node that answered nonsense is not asked for memory
 
 
 class Lenders:
@@ -79,6 +50,7 @@ class Lenders:
         self.node, self.incarnation, self.memory = node, incarnation, memory
         self.lanes, self.port_kind, self.metrics = lanes, port_kind, metrics
         self.accounts: dict[NodeId, Lender] = {}
+        self.doubted: dict[NodeId, float] = {}  # who answered nonsense, and until when nobody asks it
         self.lock = threading.RLock()
         self._dealing = asyncio.Lock()  # one borrowing or returning at a time: both speak of whole loans
         self._opening = ThreadPoolExecutor(thread_name_prefix="open-port")
@@ -98,7 +70,13 @@ class Lenders:
     def owed(self) -> dict[NodeId, int]:
         """How many blocks must come free before the lenders that want some back can have them."""
         with self.lock:
-            return {x.node: owed for x in self.accounts.values() if (owed := x.recalled - x.spare) > 0}
+            return {lender.node: lender.owed for lender in self.accounts.values() if lender.owed}
+
+    @property
+    def recalling(self) -> list[NodeId]:
+        """The lenders that want blocks back."""
+        with self.lock:
+            return [lender.node for lender in self.accounts.values() if lender.recalled or lender.ending]
 
     def recalled(self, node: NodeId, blocks: int) -> None:
         """A lender wants blocks back; called by the thread that hears it."""
@@ -106,6 +84,12 @@ class Lenders:
             if (lender := self.accounts.get(node)) is not None:
                 lender.recalled = max(lender.recalled, min(blocks, lender.blocks))
         log("recall_heard", lender=node, blocks=blocks)
+
+    def ending(self, node: NodeId) -> None:
+        """A lender ends, and all that lies there has to come home; called by the thread that hears it."""
+        with self.lock:
+            if (lender := self.accounts.get(node)) is not None:
+                lender.ending, lender.recalled = True, lender.blocks
 
     @property
     def borrowed(self) -> int:
@@ -143,10 +127,14 @@ class Lenders:
         """Blocks are elsewhere now; the next plan tells the lender."""
         with self.lock:
             lender = self.accounts[node]
-            lender.held[stretch.seq].difference_update(self._firsts(stretch.first, stretch.blocks))
-            if not lender.held[stretch.seq]:
-                del lender.held[stretch.seq]
-            lender.leaving[stretch.seq] = lender.leaving.get(stretch.seq, 0) + stretch.blocks
+            gone = set(self._firsts(stretch.first, stretch.blocks))
+            shared = len(gone & lender.guests.get(stretch.seq, set()))
+            for blocks in (lender.held, lender.guests):
+                if stretch.seq in blocks:
+                    blocks[stretch.seq] -= gone
+                    if not blocks[stretch.seq]:
+                        del blocks[stretch.seq]
+            lender.leaving[stretch.seq] = lender.leaving.get(stretch.seq, 0) + stretch.blocks - shared
             lender.idle_since = time.monotonic()
 
     def _firsts(self, first: int, blocks: int) -> range:
@@ -158,6 +146,7 @@ class Lenders:
         with self.lock:
             touched = [x for x in self.accounts.values() if any([x.held.pop(seq, None), x.staged.pop(seq, None)])]
             for lender in self.accounts.values():
+                lender.guests.pop(seq, None)
                 lender.leaving.pop(seq, None)
             for lender in touched:
                 lender.idle_since = time.monotonic()
@@ -166,6 +155,24 @@ class Lenders:
                 lender.conversation.release(seq)
             else:
                 lender.unsaid.add(seq)
+
+    def name(self, node: NodeId, seq: SeqId, first: int, names: Sequence[bytes]) -> None:
+        """Full blocks of a sequence that lie there can be found under these names."""
+        with self.lock:
+            lender = self.accounts.get(node)
+            if lender is not None and lender.conversation is not None:
+                lender.conversation.name(seq, first, names)
+
+    def shared(self, conversation: Conversation, blocks: Iterable[Stretch]) -> None:
+        """A lender keeps these for us beside the loan; called by the thread that hears it."""
+        with self.lock:
+            lender = self.accounts.get(conversation.node)
+            if lender is None or lender.conversation is not conversation:
+                return  # the next conversation says what we have there, and this is not among it
+            for seq, first, count in blocks:
+                for kept in (lender.held, lender.guests):
+                    kept.setdefault(seq, set()).update(self._firsts(first, count))
+            lender.idle_since = time.monotonic()
 
     def conversation(self, node: NodeId) -> Conversation:
         """The open conversation with a lender; opened again if a failed step closed it. Raises NodeLost.
@@ -210,15 +217,17 @@ class Lenders:
         if lender is not None and lender.conversation is not None:
             lender.conversation.close()
 
+    def doubt(self, node: NodeId) -> None:
+        """Borrow nothing from a node for a while: what it answers cannot be used."""
+        with self.lock:
+            self.doubted[node] = time.monotonic() + DOUBT_SECONDS
+
     # --- borrowing, called from the event loop -------------------------------------------------------------------
 
     async def borrow(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
-        """Reserve `least` to `wanted` blocks: all or nothing, so nobody holds half.
-
-        Whoever lends us already is asked first, so that a sequence lies on few nodes; then the candidates as ranked.
-        """
+        """Reserve `least` to `wanted` blocks of the candidates, as ranked: all or nothing, so nobody holds half."""
         async with self._dealing:
-            return await self._reserve(least, wanted, sorted(candidates, key=lambda each: each[0] not in self.accounts))
+            return await self._reserve(least, wanted, candidates)
 
     async def _reserve(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
         got: list[tuple[NodeId, str, LoanId, int]] = []
@@ -227,6 +236,9 @@ class Lenders:
         for node, address, offered in candidates:
             if total >= wanted:
                 break
+            if self.doubted.get(node, 0.0) > time.monotonic():
+                reasons.append(f"{node} answered nonsense a while ago")
+                continue
             asked = min(wanted - total, offered)
             try:
                 answer = await self._lend(node, address, asked)
@@ -242,22 +254,52 @@ class Lenders:
                 await self._return(address, loan, asked)
             return Refused("; ".join(reasons) or f"{total} of {least} blocks could be borrowed")
         for node, address, loan, asked in got:
-            opened = None
-            if node not in self.accounts:  # the engine may use blocks as soon as it sees them
-                try:
-                    opened = await asyncio.to_thread(self._open, node, address, loan, ())
-                except InfinillmError as error:
-                    await self._return(address, loan, asked)
-                    total -= asked
-                    reasons.append(f"{node}: {error.message}")
-                    continue
-            with self.lock:
-                lender = self.accounts.setdefault(node, Lender(node, address, loan, 0, conversation=opened))
-                lender.blocks += asked
-                lender.idle_since = time.monotonic()
-            self.metrics.add("loan_operations_total", operation="borrow")
-            log("borrowed", lender=node, blocks=asked, total=lender.blocks)
+            try:
+                await self._enter(node, address, loan, asked)
+            except InfinillmError as error:
+                total -= asked
+                reasons.append(f"{node}: {error.message}")
         return total if total >= least else Refused("; ".join(reasons))
+
+    async def _enter(self, node: NodeId, address: str, loan: LoanId, blocks: int) -> None:
+        """Enter a loan, or more of one, once there is a conversation: the engine may use it from then on.
+
+        Raises what opening one raises; the lender has got the blocks back then.
+        """
+        opened = None
+        if node not in self.accounts:
+            try:
+                opened = await asyncio.to_thread(self._open, node, address, loan, ())
+            except InfinillmError:
+                await self._return(address, loan, blocks)
+                raise
+        with self.lock:
+            lender = self.accounts.setdefault(node, Lender(node, address, loan, 0, conversation=opened))
+            lender.blocks += blocks
+            lender.idle_since = time.monotonic()
+        self.metrics.add("loan_operations_total", operation="borrow")
+        log("borrowed", lender=node, blocks=blocks, total=lender.blocks)
+
+    async def share(
+        self, node: NodeId, address: str, seq: SeqId, runs: Iterable[tuple[int, Sequence[bytes]]]
+    ) -> list[Stretch]:
+        """Have a node keep what it has of a sequence's blocks, by runs of names from some position on.
+
+        Returns what it has. It keeps that beside the loan, which may be one of nothing. Raises NodeLost, Unavailable.
+        """
+        async with self._dealing:
+            if node not in self.accounts:
+                loan = await self._lend(node, address, 0)
+                if isinstance(loan, Refused):
+                    raise Unavailable(loan.reason)
+                await self._enter(node, address, loan, 0)
+        with self.lock:
+            lender = self.accounts.get(node)
+            talk = lender.conversation if lender is not None else None
+        if talk is None:
+            return []  # the next step opens it again; this request can do without
+        answers = [talk.share(seq, first, names) for first, names in runs]
+        return [stretch for answer in answers for stretch in await asyncio.wrap_future(answer)]
 
     async def give_back_idle(self, idle_seconds: float) -> None:
         """Return what no sequence has used for a while: whole loans, and what is left over of others.
@@ -270,10 +312,10 @@ class Lenders:
                 idle: list[Lender] = []
                 spare: list[tuple[Lender, int]] = []
                 for lender in list(self.accounts.values()):
-                    left = lender.spare - sum(lender.leaving.values())
+                    left, rests = lender.spare - sum(lender.leaving.values()), True
                     if now - lender.idle_since < idle_seconds:
-                        left = min(left, lender.recalled)
-                    if left == lender.blocks:
+                        left, rests = min(left, lender.recalled), lender.ending or 0 < lender.blocks <= lender.recalled
+                    if left == lender.blocks and rests and not lender.held:
                         idle.append(self.accounts.pop(lender.node))
                     elif left > 0:
                         spare.append((lender, left))
@@ -294,6 +336,8 @@ class Lenders:
     def measure(self) -> None:
         with self.lock:
             open_now = [x.conversation for x in self.accounts.values() if x.conversation is not None]
+            recalled = sum(lender.recalled for lender in self.accounts.values())
+        self.metrics.set("recalled_blocks", recalled, side="borrower")
         for conversation in open_now:
             conversation.measure(self.metrics)
 
@@ -345,7 +389,7 @@ class Lenders:
             )
         port = self.lanes.connect(reply.ticket)
         log("port_opened", node=node, kind=port.kind)
-        return Conversation(node, address, reply.conversation, port, held, self.recalled)
+        return Conversation(node, address, reply.conversation, port, held, self)
 
 
 def _close_late(opening: Future[Conversation]) -> None:

@@ -40,6 +40,12 @@ class Memory:
     def __init__(self, blocks: Blocks, store: Store):
         self.blocks, self.store, self.lock = blocks, store, RLock()
 
+    @property
+    def held_by_others(self) -> bool:
+        """Whether sequences of other nodes lie here."""
+        with self.lock:
+            return any(self.blocks.holders(borrower) for borrower in self.blocks.loans)
+
     def accept(self, plan: Plan, owner: NodeId) -> Refused | None:
         """Let go of and reserve what a plan says, in this order; stops at the first refusal."""
         with self.lock:

@@ -5,8 +5,13 @@ changes, and nothing awaits between reading it and changing it. The ledger is so
 an empty one and a larger epoch; nodes find that they are not known, and join again with all they know. While that goes
 on (`settling`) a request that seems too long is told to try again, not that it never fits.
 
+Of several controllers one leads, by a lease (lease.py), and only until a moment of its own clock; the others refuse
+every call with StandsBy. One that begins to lead is like one that has just started. An epoch that is larger than ours
+tells that another one leads or has led: we are Stale, and stand by.
+
+    any call    from one who knows of a larger epoch finds us Stale
     Join        anybody but an earlier incarnation of a member, which is Stale; a later one supersedes the member
-    Heartbeat   from a known node, its present incarnation and this epoch; else `known` is false, or it is Stale
+    Heartbeat   from a known node and its present incarnation; else `known` is false, or it is Stale
     Creditors   from anybody but an earlier incarnation of a member
     silence     a node not heard for SILENT_BEATS heartbeats has left; nobody is blamed for a sleep of our own
     plan        every PLAN_BEATS heartbeats the policy may order what nobody asked for; an order goes to the node it
@@ -18,6 +23,8 @@ Requests routed since a node's last report are counted as if they were in its qu
 from __future__ import annotations
 
 import asyncio
+import math
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,11 +35,16 @@ from infinillm import config, rpc, wire
 from infinillm.core import ledger as books
 from infinillm.core import policy as policies
 from infinillm.core.cost import Cost, Costs
-from infinillm.core.ledger import Event, Joined, Left, Lent, Placed, Released, Report, Reported, Returned
+from infinillm.core.ledger import Event, Joined, Left, Lent, Report, Returned
+from infinillm.core.names import Landmarks
+from infinillm.core.policy.near import near
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
-from infinillm.errors import BadRequest, Broken, NotFound, Stale, TooLong, Unavailable
+from infinillm.errors import BadRequest, Broken, NotFound, Stale, StandsBy, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
+from infinillm.protos import types_pb2
+from infinillm.servers.lease import Campaign, lease
+from infinillm.servers.membership import LONGEST_PAUSE, heard_in
 from infinillm.servers.process import Told, ready
 from infinillm.telemetry import Metrics, log
 
@@ -44,7 +56,10 @@ STOP_SECONDS = 1.0
 
 
 class Controller:
-    """The body of ControllerService. `clock` is monotonic, in seconds; `epoch` larger than any controller's before."""
+    """The body of ControllerService. `clock` is monotonic, in seconds.
+
+    It leads for good where an `epoch` larger than any controller's before is given; with 0 it stands by.
+    """
 
     def __init__(
         self,
@@ -57,19 +72,70 @@ class Controller:
         cost: Cost | None,
     ):
         self.policy, self.heartbeat_seconds, self.metrics, self.clock = policy, heartbeat_seconds, metrics, clock
-        self.costs = Costs(cost)  # `cost` is that of nodes which bring none of their own
+        self.cost = cost  # of nodes which bring none of their own
+        self.leader = ""  # who leads, where we do not
+        self.seen = 0  # the largest epoch anybody told us of
+        self.until = math.inf if epoch else -math.inf  # by the clock: we lead no longer than that
+        self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
+        """With empty books."""
+        self.costs = Costs(self.cost)
         self.orders: dict[NodeId, list[MoveBlocks]] = {}  # by the home that will carry them out
         self.ledger = Ledger(epoch)
         self.model: Model | None = None  # of the nodes in the ledger; the first to join says
         self.heard: dict[NodeId, float] = {}
+        self.landmarks = Landmarks()
         self.promised: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks) of requests routed
-        self.started = self.ticked = clock()
+        self.started = self.ticked = self.clock()
         self.restarted = False
         self.sound = True
+
+    # --- who leads -----------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Of our present term, or our last."""
+        return self.ledger.epoch
+
+    @property
+    def leads(self) -> bool:
+        return self.clock() < self.until
+
+    def lead(self, epoch: int, until: float) -> None:
+        """Lead until that moment; with an epoch that is not ours yet, from empty books."""
+        if epoch != self.epoch:
+            self._forget()
+            self._begin(epoch)
+            log("leads", epoch=epoch)
+        self.until, self.leader = until, ""
+
+    def stand_by(self, leader: str) -> None:
+        """Lead no more; `leader` does."""
+        if self.until > -math.inf or leader != self.leader:
+            log("stands_by", leader=leader, epoch=self.epoch)
+        self.until, self.leader = -math.inf, leader
+        self._forget()
+
+    def _forget(self) -> None:
+        for node in self.heard:
+            self.metrics.remove("heartbeat_age_seconds", node=node)
+        self._begin(self.epoch)
+
+    def _check_leads(self, heard: int) -> None:
+        """Raises Stale where somebody has heard of a larger epoch, StandsBy where another controller leads."""
+        self.seen = max(self.seen, heard)
+        self.restarted |= 0 < heard < self.epoch
+        if heard > self.epoch and self.leads:
+            self.stand_by("the one of a later epoch")
+            raise Stale(f"this controller speaks for epoch {self.epoch}, and {heard} is known", field="epoch")
+        if not self.leads:
+            raise StandsBy(f"this controller stands by; {self.leader or 'none that it knows of'} leads")
 
     # --- membership ----------------------------------------------------------------------------------------------
 
     async def Join(self, request: pb.JoinRequest, call: Any) -> pb.JoinResponse:
+        self._check_leads(request.epoch)
         now = self.clock()
         node, model = wire.node_from_wire(request.node), wire.model_from_wire(request.model)
         self._check_current(node.id, node.incarnation)
@@ -81,25 +147,24 @@ class Controller:
         report = Report(node, loans, dict(wire.layout_from_wire(layout) for layout in request.layouts))
         cost = wire.cost_from_wire(request.profile) if request.profile else None
         self.hear([Joined(report)])
+        self.landmarks.forget(node.id)
+        self.landmarks.tell(node.id, request.marks, ())
         self._price(node.id, cost)
         self.model = model
         self.heard[node.id] = now
-        if 0 < request.epoch < self.ledger.epoch:
-            self.restarted = True
         log("joined", node=node.id, incarnation=node.incarnation, address=node.address, blocks=node.blocks)
         return pb.JoinResponse(
             epoch=self.ledger.epoch, heartbeat_seconds=self.heartbeat_seconds, policy=self.policy.name
         )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, call: Any) -> pb.HeartbeatResponse:
-        now, epoch = self.clock(), self.ledger.epoch
-        if request.epoch > epoch:
-            raise Stale(f"this controller speaks for epoch {epoch}, {request.node} has seen {request.epoch}")
+        self._check_leads(request.epoch)
+        now, epoch = self.clock(), self.epoch
         known = self._check_current(request.node, request.incarnation)
         if not known or request.epoch < epoch:
-            self.restarted |= 0 < request.epoch < epoch
             return pb.HeartbeatResponse(epoch=epoch, known=False)
-        self.hear(_events(request, now))
+        self.hear(heard_in(request, now))
+        self.landmarks.tell(request.node, request.marks, request.unmarked)
         self.heard[request.node] = now
         promised = self.promised.get(request.node)
         while promised and promised[0][0] < now - ARRIVAL_SECONDS:
@@ -107,12 +172,14 @@ class Controller:
         self.metrics.add("heartbeats_total")
         orders = (o for o in self.orders.pop(request.node, ()) if o.target in self.ledger.nodes)
         moves = (wire.move_to_wire(order, self.ledger.nodes[order.target].address) for order in orders)
-        return pb.HeartbeatResponse(epoch=epoch, known=True, moves=moves)
+        others = sum(n.serves and not n.draining for n in self.ledger.nodes.values() if n.id != request.node)
+        return pb.HeartbeatResponse(epoch=epoch, known=True, moves=moves, others=others)
 
     async def Leave(self, request: pb.LeaveRequest, call: Any) -> pb.LeaveResponse:
+        self._check_leads(request.epoch)
         if self._check_current(request.node, request.incarnation):
             self._leave(request.node, "it said so")
-        return pb.LeaveResponse()
+        return pb.LeaveResponse(epoch=self.epoch)
 
     def _check_current(self, node: NodeId, incarnation: str) -> bool:
         """Whether this is the member of that name. Raises Stale where the member was started later."""
@@ -129,6 +196,7 @@ class Controller:
         self.promised.pop(node, None)
         self.orders.pop(node, None)
         self._price(node, None)
+        self.landmarks.forget(node)
         self.metrics.remove("heartbeat_age_seconds", node=node)
         log("left", node=node, reason=reason)
 
@@ -154,20 +222,22 @@ class Controller:
     # --- questions -----------------------------------------------------------------------------------------------
 
     async def Creditors(self, request: pb.CreditorsRequest, call: Any) -> pb.CreditorsResponse:
+        self._check_leads(request.epoch)
         if request.blocks < 1:
             raise BadRequest("blocks must be at least 1", field="blocks")
         self._check_current(request.node, request.incarnation)
-        offers = self.policy.creditors(self.ledger, request.node, request.blocks)
+        offers = self.policy.creditors(self.ledger, request.node, request.blocks, frozenset(request.exclude))
         known = request.node in self.ledger.nodes and not self.settling
         reach = self.policy.reach(self.ledger, request.node, self._block_size()) if known else 0
         if isinstance(offers, Refused):
             log("creditors_refused", node=request.node, blocks=request.blocks, reason=offers.reason)
-            return pb.CreditorsResponse(refused=offers.reason, max_tokens=reach)
+            return pb.CreditorsResponse(refused=offers.reason, max_tokens=reach, epoch=self.epoch)
         log("creditors_named", node=request.node, blocks=request.blocks, offers=dict(offers))
         named = (pb.Creditor(node=n, address=self.ledger.nodes[n].address, blocks=blocks) for n, blocks in offers)
-        return pb.CreditorsResponse(creditors=named, max_tokens=reach)
+        return pb.CreditorsResponse(creditors=named, max_tokens=reach, epoch=self.epoch)
 
     async def Route(self, request: pb.RouteRequest, call: Any) -> pb.RouteResponse:
+        self._check_leads(request.epoch)
         if not 0 < request.prompt_tokens <= request.longest_tokens:
             prompt, longest = request.prompt_tokens, request.longest_tokens
             raise BadRequest(f"{prompt} prompt tokens of at most {longest} cannot be", field="longest_tokens")
@@ -187,22 +257,31 @@ class Controller:
             if self.settling:
                 self._refuse("settling", Unavailable(f"the controller has just restarted; so far {found.reason}"))
             self._refuse("too_long", TooLong(found.reason))
+        holders = self.landmarks.holders(request.marks)
+        found = near(expected, found, holders, request.longest_tokens, size, frozenset(request.exclude))
         self.promised.setdefault(found, deque()).append((now, -(-request.prompt_tokens // size)))
         address, reach = self.ledger.nodes[found].address, self.policy.reach(self.ledger, found, size)
-        return pb.RouteResponse(node=found, address=address, max_tokens=reach)
+        others = [
+            types_pb2.Place(node=name, address=self.ledger.nodes[name].address)
+            for name, _ in holders
+            if name != found and self.policy.shares
+        ]
+        return pb.RouteResponse(node=found, address=address, max_tokens=reach, holders=others, epoch=self.epoch)
 
     async def Snapshot(self, request: pb.SnapshotRequest, call: Any) -> pb.SnapshotResponse:
+        self._check_leads(request.epoch)
         now = self.clock()
         return pb.SnapshotResponse(
-            epoch=self.ledger.epoch,
+            epoch=self.epoch,
+            settling=self.settling,
             policy=self.policy.name,
             model=wire.model_to_wire(self.model) if self.model is not None else None,
             max_tokens=self.policy.capacity(self.ledger, self._block_size()) if self.model is not None else 0,
             nodes=[wire.node_to_wire(node) for node in self.ledger.nodes.values()],
             loans=[wire.loan_to_wire(loan, now) for loan in self.ledger.loans.values()],
             layouts=[
-                wire.layout_to_wire(sequence, layout)
-                for layouts in self.ledger.layouts.values()
+                wire.layout_to_wire(sequence, layout, home)
+                for home, layouts in self.ledger.layouts.items()
                 for sequence, layout in layouts.items()
             ],
         )
@@ -224,11 +303,13 @@ class Controller:
 
     @property
     def settling(self) -> bool:
-        """The controller was restarted, and some nodes may not have found it yet."""
-        return self.restarted and self.clock() < self.started + self.silence
+        """Another one led before, or this one before its restart; some nodes may not have found us yet."""
+        return self.restarted and self.clock() < self.started + self.silence + LONGEST_PAUSE
 
     def tick(self) -> None:
         """Once per heartbeat: who is silent, whether the books balance, and the metrics."""
+        if not self.leads and self.until > -math.inf:  # the lease could not be renewed
+            self.stand_by("")
         now = self.clock()
         slept = now - self.ticked - self.heartbeat_seconds
         if slept > self.heartbeat_seconds:
@@ -248,25 +329,24 @@ class Controller:
 
     async def plan(self) -> None:
         """Ask the policy what to order; in a thread, as the ledger is a value and may be large."""
-        if not self.sound or self.settling:
+        if not self.leads or not self.sound or self.settling:
             return
+        epoch = self.epoch
         found = await asyncio.to_thread(self.policy.plan, self.ledger, self.costs, self._block_size())
+        if epoch != self.epoch or not self.leads:
+            return
         self.orders = {}
         for order in found:
             if isinstance(order, MoveBlocks):
                 self.orders.setdefault(order.home, []).append(order)
-                log(
-                    "ordered",
-                    request=order.seq,
-                    source=order.source,
-                    target=order.target,
-                    blocks=order.blocks,
-                    reason=order.reason,
-                )
+                what = {name: getattr(order, name) for name in ("source", "target", "blocks", "reason")}
+                log("ordered", request=order.seq, **what)
+                self.metrics.add("orders_total", direction=order.direction)
 
     def _measure(self, now: float) -> None:
         nodes, m = self.ledger.nodes.values(), self.metrics
-        m.set("controller_epoch", self.ledger.epoch)
+        m.set("controller_epoch", self.epoch)
+        m.set("controller_leader", self.leads)
         m.set("nodes", sum(n.serves and not n.draining for n in nodes), state="serving")
         m.set("nodes", sum(not n.serves and not n.draining for n in nodes), state="memory")
         m.set("nodes", sum(n.draining for n in nodes), state="draining")
@@ -279,29 +359,12 @@ class Controller:
             m.set("heartbeat_age_seconds", now - when, node=node)
 
 
-def _events(request: pb.HeartbeatRequest, now: float) -> list[Event]:
-    """What a heartbeat tells, as events. Raises BadRequest where a node speaks for another."""
-    events: list[Event] = [Returned(request.node, loan) for loan in request.returned]
-    for loan in (wire.loan_from_wire(each, now) for each in request.lent):
-        if loan.lender != request.node:
-            raise BadRequest(f"{request.node} tells of a loan of {loan.lender}", field="lent")
-        events.append(Lent(loan))
-    if request.HasField("changed"):
-        node = wire.node_from_wire(request.changed)
-        if (node.id, node.incarnation) != (request.node, request.incarnation):
-            raise BadRequest(f"{request.node} tells of {node.id} {node.incarnation}", field="changed")
-        events.append(Reported(node))
-    events += [Released(request.node, sequence) for sequence in request.released]
-    events += [Placed(request.node, *wire.layout_from_wire(layout)) for layout in request.placed]
-    return events
-
-
 async def run(settings: config.Controller) -> None:
     """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly."""
     metrics = Metrics("controller")
     controller = Controller(
         policies.named(settings.policy),
-        epoch=time.time_ns() // 1_000_000,
+        epoch=0,
         heartbeat_seconds=settings.heartbeat_seconds,
         metrics=metrics,
         clock=time.monotonic,
@@ -312,10 +375,14 @@ async def run(settings: config.Controller) -> None:
     address = f"{settings.host}:{await server.start()}"
     port = metrics.serve(settings.host, settings.metrics_port)
     scraped = f"{settings.host}:{port}" if port >= 0 else ""
+    name = f"{platform.node()}:{server.port}" if settings.host in {"0.0.0.0", "::"} else address
+    its = lease(settings.lease, name, settings.lease_seconds, time.monotonic)
+    campaign = Campaign(its, controller, time.monotonic)
+    await campaign.look()
     controller.tick()
     server.set_ready(True)
     ready("controller", id="controller", address=address, metrics=scraped)
-    over = asyncio.create_task(told.once.wait())
+    over = asyncio.create_task(campaign.run(told.once))
     beats = 0
     while not over.done():
         await asyncio.wait([over], timeout=settings.heartbeat_seconds)
@@ -325,3 +392,4 @@ async def run(settings: config.Controller) -> None:
             await controller.plan()
     await server.stop(STOP_SECONDS)
     metrics.close()
+    await over

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from infinillm import rpc, wire
+from infinillm.core.names import marks, prefix_hashes
 from infinillm.core.request import MOVED, Sampling
 from infinillm.core.types import TokenLogprob
 from infinillm.errors import (
@@ -25,13 +26,16 @@ from infinillm.errors import (
     Unavailable,
 )
 from infinillm.model.tokenizer import Detokenizer, Tokenizer
-from infinillm.protos import shard_pb2
+from infinillm.protos import shard_pb2, types_pb2
 from infinillm.servers.inference_pool import Place, Pool
 from infinillm.servers.inference_text import Transcript
 from infinillm.telemetry import Metrics, log
 
 SILENCE_SECONDS = 1800.0  # between two messages of a worker; prompts are computed, and queues waited in, silently
 MOST_LOSSES = 3  # workers that may be lost to one sequence and replaced; those that hand it over do not count
+GO_ON_SECONDS = 20.0  # in which somebody must be found to go on for a worker that was lost
+FORGIVEN_SECONDS = 5.0  # after which that may be a worker of the same name
+LOOK_SECONDS = 0.25
 MOST_STOP_STRINGS, MOST_STOP_CHARS = 16, 1000
 SHORT_TEXT = 1024  # characters that are tokenised faster than handed to a thread
 TOKENISING_THREADS = 2
@@ -228,13 +232,18 @@ class Inference:
         gone: list[str] = []  # nodes that left the sequence since its last token
         losses = 0
         failure: InfinillmError | None = None
+        left: tuple[str, str] | None = None  # who handed it over, and keeps what it had for a while
         while True:
             place = await self._place(ask, request, gone, failure)
-            moved = False
+            holders = dict((*([left] if left else []), *place.holders))
+            del request.holders[:]
+            request.holders.extend(types_pb2.Place(node=node, address=where) for node, where in holders.items())
+            moved, left = False, None
             try:
                 async with aclosing(_heard(self.pool.shard(place.address).Generate(request), place.node)) as stream:
                     async for message in stream:
                         if moved := message.finish_reason == MOVED:
+                            left = (place.node, place.address)
                             raise Unavailable(f"worker {place.node} is draining")
                         if request.already:
                             message.cached_tokens = 0  # the first worker has told
@@ -262,19 +271,39 @@ class Inference:
         gone: Sequence[str],
         failure: InfinillmError | None,
     ) -> Place:
-        """Who is to serve a sequence from here on, as long as it may become there. Raises why nobody can."""
+        """Who is to serve a sequence from here on, as long as it may become there. Raises why nobody can.
+
+        Where a worker was lost, others may be away for the same reason, and come back: that is waited for.
+        """
         prompt, already, most = len(ask.prompt), len(request.already), ask.sampling.max_tokens
         least = max(ask.sampling.min_tokens, already + 1, 1) if ask.elastic else most
-        try:
-            place = await self.pool.route(prompt + already, prompt + least, gone)
-        except InfinillmError as error:
-            if failure is not None and already:
-                lost = f"{failure.message} (after {already:,} tokens)"
-                raise Unavailable(f"{lost}; nobody else can go on: {error.message}") from None
-            raise failure or error from None
+        marked, now = await self._marks(ask, request.already), time.monotonic()
+        forgiven, patience = now + FORGIVEN_SECONDS, now + GO_ON_SECONDS * isinstance(failure, Unavailable)
+        while True:
+            try:
+                exclude = gone if now < forgiven else ()
+                place = await self.pool.route(prompt + already, prompt + least, exclude, marked)
+                break
+            except InfinillmError as error:
+                now = time.monotonic()
+                if now < patience and isinstance(error, Unavailable | TooLong):
+                    await asyncio.sleep(LOOK_SECONDS)
+                    continue
+                if failure is not None and already:
+                    lost = f"{failure.message} (after {already:,} tokens)"
+                    raise Unavailable(f"{lost}; nobody else can go on: {error.message}") from None
+                raise failure or error from None
         request.sampling.max_tokens = max(least, min(most, place.reach - prompt))
         self.pool.note(ask.request, ask.index, place)
         return place
+
+    async def _marks(self, ask: Ask, already: Sequence[int]) -> list[int]:
+        """The landmarks of what is to be computed: whoever has them need not compute it again."""
+        size = self.pool.block_size
+        if not size:
+            return []
+        naming = partial(prefix_hashes, (*ask.prompt, *already), size, ask.cache_salt)
+        return marks(naming() if len(ask.prompt) <= SHORT_TEXT else await self._apart(naming))
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:

@@ -12,11 +12,11 @@ from infinillm import rpc, wire
 from infinillm.core import policy
 from infinillm.core.request import MOST_SEQUENCES
 from infinillm.core.types import Ledger, NodeId, Refused
-from infinillm.errors import BadRequest, DeadlineExceeded, InfinillmError, NotFound, TooLong, Unavailable
+from infinillm.errors import BadRequest, DeadlineExceeded, InfinillmError, NotFound, TooLong, Unavailable, Unreachable
 from infinillm.protos import controller_pb2, shard_pb2
+from infinillm.servers.controllers import Controllers
 from infinillm.telemetry import log
 
-CONTROLLER = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"]
 SHARD = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
 ANSWER_SECONDS = 2.0  # the controller and placements answer from memory
 REFRESH_SECONDS = 1.0
@@ -34,21 +34,22 @@ class Place(NamedTuple):
     node: NodeId
     address: str
     reach: int  # tokens of the longest sequence it could come to hold
+    holders: tuple[tuple[NodeId, str], ...] = ()  # who else may have computed some of it before, and where they are
 
 
 class Pool:
     """What a gateway knows of the controller and the workers.
 
     Theory of operation. The controller decides where a request goes. A snapshot of the ledger is taken every second: it
-    says how long a request may be, and whether the pool is ready. While the controller is away, running requests go on,
-    and new ones are routed by the same policy, over the last snapshot.
+    says how long a request may be, and whether the pool is ready. While no controller leads, and while one that has
+    just begun to does not know all workers yet, running requests go on, and new ones are routed by the same policy,
+    over the last snapshot of before.
     """
 
     def __init__(self, controller: str, longest: int):
         if not controller:
             raise BadRequest("--controller must name the controller as HOST:PORT", field="controller")
-        self._channel = rpc.channel(controller)
-        self._controller = rpc.Client(self._channel, CONTROLLER)
+        self._controllers = Controllers(controller)
         self._longest = longest
         self._shards: dict[str, tuple[object, rpc.Client]] = {}
         self._places: dict[str, dict[int, Place]] = {}
@@ -63,23 +64,27 @@ class Pool:
         await asyncio.gather(self.watching, return_exceptions=True)
         for channel, _ in self._shards.values():
             await channel.close()  # type: ignore[attr-defined]
-        await self._channel.close()
+        await self._controllers.close()
 
     # --- what is there -------------------------------------------------------------------------------------------
 
     async def refresh(self) -> controller_pb2.SnapshotResponse:
         """A snapshot of now. Raises Unavailable or DeadlineExceeded where the controller does not answer."""
         try:
-            self.last = await self._controller.Snapshot(controller_pb2.SnapshotRequest(), timeout=ANSWER_SECONDS)
+            found: controller_pb2.SnapshotResponse = await self._controllers.ask(
+                "Snapshot", controller_pb2.SnapshotRequest(), timeout=ANSWER_SECONDS
+            )
         except LOST as error:
             if self.reachable:
                 log("controller_lost", reason=error.message)
             self.reachable = False
             raise
         if not self.reachable:
-            log("controller_found", epoch=self.last.epoch)
+            log("controller_found", epoch=found.epoch)
         self.reachable = True
-        return self.last
+        if self.last is None or not found.settling:
+            self.last = found
+        return found
 
     async def try_refresh(self) -> None:
         """A snapshot of now if there is one to be had; else what the pool last said stands."""
@@ -109,6 +114,11 @@ class Pool:
         return True
 
     @property
+    def block_size(self) -> int:
+        """Tokens; 0 where nobody knows yet."""
+        return self.last.model.shape.block_size if self.last else 0
+
+    @property
     def limit(self) -> int:
         """The longest request the model takes, prompt and output, in tokens; 0 where nobody knows yet."""
         known = [n for n in (self._longest, self.last.model.max_position if self.last else 0) if n]
@@ -122,20 +132,30 @@ class Pool:
 
     # --- where to go ---------------------------------------------------------------------------------------------
 
-    async def route(self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId]) -> Place:
-        """The worker for a request of that length. Raises TooLong, Overloaded or Unavailable with the reason."""
+    async def route(
+        self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId], marks: Iterable[int]
+    ) -> Place:
+        """The worker for a request of that length with these landmarks.
+
+        Raises TooLong, Overloaded or Unavailable with the reason.
+        """
         request = controller_pb2.RouteRequest(
-            prompt_tokens=prompt_tokens, longest_tokens=longest_tokens, exclude=exclude
+            prompt_tokens=prompt_tokens, longest_tokens=longest_tokens, exclude=exclude, marks=marks
         )
         try:
-            found = await self._controller.Route(request, timeout=ANSWER_SECONDS)
+            found = await self._controllers.ask("Route", request, timeout=ANSWER_SECONDS)
         except LOST as error:
             try:  # away, or there with nobody to serve?
-                await self.refresh()
+                settling = (await self.refresh()).settling
             except LOST:
+                settling = True
+            if settling:
                 return self._route_alone(prompt_tokens, longest_tokens, exclude, error)
-            raise
-        return Place(found.node, found.address, found.max_tokens or self.capacity)
+            if not isinstance(error, Unreachable | DeadlineExceeded):
+                raise
+            found = await self._controllers.ask("Route", request, timeout=ANSWER_SECONDS)  # it was away, and is back
+        holders = tuple((each.node, each.address) for each in found.holders)
+        return Place(found.node, found.address, found.max_tokens or self.capacity, holders)
 
     def _route_alone(
         self, prompt_tokens: int, longest_tokens: int, exclude: Sequence[NodeId], lost: InfinillmError

@@ -217,6 +217,8 @@ async def cluster(
             await start(f"worker-{index}", "worker", settings.worker(index, address))
             for index in range(settings.workers)
         ]
+        if settings.host_kv_gib:
+            workers.append(await start("worker-host", "worker", settings.host_memory(address)))
         gateway = await start("gateway", "gateway", settings.gateway(address))
         await _all_ready([*workers, gateway], f"loading the model in {settings.workers} workers", say)
         say("ready", 1.0)

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
-import grpc.aio
-
-from infinillm import rpc, wire
+from infinillm import wire
 from infinillm.core.cost import Cost
-from infinillm.core.ledger import Joined, Left, Lent, Placed, Released, Report, Reported, Returned, changes
+from infinillm.core.ledger import Event, Joined, Left, Lent, Placed, Released, Report, Reported, Returned, changes
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Model, NodeId, Refused
 from infinillm.errors import BadRequest, InfinillmError, Stale, Unavailable
 from infinillm.protos import controller_pb2 as pb
+from infinillm.servers.controllers import Controllers
 from infinillm.telemetry import log
 
-__all__ = ["Membership", "Report"]
+__all__ = ["Membership", "Report", "heard_in"]
 
-CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
 ANSWER_SECONDS = 2.0
 LEAVE_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries while the controller is away
@@ -55,12 +53,13 @@ class Membership:
         cost: Cost | None,
         obey: Callable[[MoveBlocks, str], None],
     ):
-        self.address, self.report, self.model, self.cost, self.obey = controller, report, model, cost, obey
+        self.controllers = Controllers(controller)
+        self.report, self.model, self.cost, self.obey = report, model, cost, obey
         self.told: Report | None = None
         self.epoch = 0
         self.heartbeat_seconds = NO_HEARTBEAT
         self.max_tokens = 0  # of the longest sequence this node could come to hold, by the last answer; 0: not known
-        self._channel: grpc.aio.Channel | None = None
+        self.others = 0  # nodes besides this one that take requests
         self._speaking = asyncio.Lock()
         self._over = asyncio.Event()
         self._lost = False
@@ -73,26 +72,27 @@ class Membership:
                 await self._speak()
                 wait, pause = self.heartbeat_seconds, FIRST_PAUSE
             except Superseded as error:
-                log("superseded", controller=self.address, reason=error.message)
+                log("superseded", controller=self.controllers.address, reason=error.message)
                 raise
             except InfinillmError as error:
                 if isinstance(error, BadRequest) and not self.epoch:
-                    log("join_refused", controller=self.address, reason=error.message)
+                    log("join_refused", controller=self.controllers.address, reason=error.message)
                     raise
                 self._fail(error)
-                wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
+                another = len(self.controllers.addresses) > 1  # which may lead soon
+                wait, pause = pause, min(2 * pause, self.heartbeat_seconds if another else LONGEST_PAUSE)
             except Exception as defect:  # noqa: BLE001 a worker does not end because its controller confuses it
                 self._fail(InfinillmError(repr(defect)))
                 wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
             await self._pause(wait)
 
-    async def creditors(self, blocks: int) -> list[tuple[NodeId, str, int]] | Refused:
-        """Who could lend: (node, address, blocks), best first."""
+    async def creditors(self, blocks: int, exclude: Collection[NodeId]) -> list[tuple[NodeId, str, int]] | Refused:
+        """Who else could lend: (node, address, blocks), best first."""
         self.max_tokens = 0
         node = self.report().node
-        request = pb.CreditorsRequest(node=node.id, incarnation=node.incarnation, blocks=blocks)
+        request = pb.CreditorsRequest(node=node.id, incarnation=node.incarnation, blocks=blocks, exclude=exclude)
         try:
-            answer = await self._client().Creditors(request, timeout=ANSWER_SECONDS)
+            answer = await self.controllers.ask("Creditors", request, timeout=ANSWER_SECONDS)
         except InfinillmError as error:
             return Refused(error.message)
         self.max_tokens = answer.max_tokens
@@ -114,13 +114,11 @@ class Membership:
             request = pb.LeaveRequest(node=node.id, incarnation=node.incarnation)
             if self.told is not None:
                 try:
-                    await self._client().Leave(request, timeout=LEAVE_SECONDS)
+                    await self.controllers.ask("Leave", request, timeout=LEAVE_SECONDS)
                 except InfinillmError as error:
                     log("leave_failed", reason=error.message)
             self.told = None
-            if self._channel is not None:
-                await self._channel.close()
-                self._channel = None
+            await self.controllers.close()
 
     # --- speaking ------------------------------------------------------------------------------------------------
 
@@ -136,12 +134,12 @@ class Membership:
                 await self._join(now)
                 self.told = now
             if self._lost:
-                log("controller_found", controller=self.address, epoch=self.epoch)
+                log("controller_found", controller=self.controllers.address, epoch=self.epoch)
             self._lost = False
 
     async def _beat(self, told: Report, now: Report) -> bool:
         """Tell what changed; false where the controller does not know the node."""
-        request = pb.HeartbeatRequest(node=now.node.id, incarnation=now.node.incarnation, epoch=self.epoch)
+        request = pb.HeartbeatRequest(node=now.node.id, incarnation=now.node.incarnation)
         clock = time.monotonic()
         for event in changes(told, now):
             match event:
@@ -157,10 +155,15 @@ class Membership:
                     request.released.append(sequence)
                 case Joined() | Left():
                     raise AssertionError(event)
-        answer = await self._client().Heartbeat(request, timeout=ANSWER_SECONDS)
+        request.marks.extend(now.marks - told.marks)
+        request.unmarked.extend(told.marks - now.marks)
+        answer = await self.controllers.ask("Heartbeat", request, timeout=ANSWER_SECONDS)
+        if not answer.known or answer.epoch != self.epoch:
+            return False
+        self.others = answer.others
         for each in answer.moves:
             self.obey(wire.move_from_wire(each, now.node.id), each.target_address)
-        return bool(answer.known)
+        return True
 
     async def _join(self, now: Report) -> None:
         clock = time.monotonic()
@@ -170,14 +173,15 @@ class Membership:
             loans=[wire.loan_to_wire(loan, clock) for loan in now.lent],
             layouts=[wire.layout_to_wire(sequence, layout) for sequence, layout in now.layouts.items()],
             epoch=self.epoch,
+            marks=now.marks,
             profile=wire.cost_to_wire(self.cost) if self.cost is not None else "",
         )
         try:
-            answer = await self._client().Join(request, timeout=ANSWER_SECONDS)
+            answer = await self.controllers.ask("Join", request, timeout=ANSWER_SECONDS)
         except Stale as stale:
             raise Superseded(stale.message) from None
         self.epoch, self.heartbeat_seconds = answer.epoch, answer.heartbeat_seconds
-        log("member", controller=self.address, epoch=self.epoch, policy=answer.policy)
+        log("member", controller=self.controllers.address, epoch=self.epoch, policy=answer.policy)
 
     async def _pause(self, seconds: float) -> None:
         with suppress(asyncio.TimeoutError):
@@ -185,10 +189,22 @@ class Membership:
 
     def _fail(self, error: InfinillmError) -> None:
         if not self._lost:
-            log("controller_lost", controller=self.address, reason=error.message)
+            log("controller_lost", controller=self.controllers.address, reason=error.message)
         self._lost = True
 
-    def _client(self) -> rpc.Client:
-        if self._channel is None:
-            self._channel = rpc.channel(self.address)
-        return rpc.Client(self._channel, CONTROLLER)
+
+def heard_in(request: pb.HeartbeatRequest, now: float) -> list[Event]:
+    """What a heartbeat tells, as events. Raises BadRequest where a node speaks for another."""
+    events: list[Event] = [Returned(request.node, loan) for loan in request.returned]
+    for loan in (wire.loan_from_wire(each, now) for each in request.lent):
+        if loan.lender != request.node:
+            raise BadRequest(f"{request.node} tells of a loan of {loan.lender}", field="lent")
+        events.append(Lent(loan))
+    if request.HasField("changed"):
+        node = wire.node_from_wire(request.changed)
+        if (node.id, node.incarnation) != (request.node, request.incarnation):
+            raise BadRequest(f"{request.node} tells of {node.id} {node.incarnation}", field="changed")
+        events.append(Reported(node))
+    events += [Released(request.node, sequence) for sequence in request.released]
+    events += [Placed(request.node, *wire.layout_from_wire(layout)) for layout in request.placed]
+    return events

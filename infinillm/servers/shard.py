@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from infinillm import wire
-from infinillm.core.request import MOVED, WAITING, Request
-from infinillm.core.types import SeqId
+from infinillm.core.request import Request
+from infinillm.core.types import Layout, NodeId, SeqId
 from infinillm.engine.loop import Engine
-from infinillm.engine.messages import Cancel, Output, Submit
+from infinillm.engine.messages import Cancel, HandOver, Output, Submit
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, Unavailable
 from infinillm.model import sampler
 from infinillm.protos import shard_pb2 as pb
-from infinillm.telemetry import log
 
 SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
 
 
 class ShardService:
-    """Tokens in, tokens out: the gRPC face of an engine."""
+    """Tokens in, tokens out: the gRPC face of an engine.
+
+    `find` says what other nodes keep of a request already, asking those that are named.
+    """
 
     def __init__(
         self,
@@ -31,9 +33,10 @@ class ShardService:
         vocabulary: int,
         block_size: int,
         max_waiting: int,
+        find: Callable[[Request, Sequence[tuple[NodeId, str]]], Awaitable[Layout]],
     ):
         self.engine, self.loop, self.vocabulary, self.block_size = engine, loop, vocabulary, block_size
-        self.max_waiting = max_waiting
+        self.max_waiting, self.find = max_waiting, find
         self.streams: dict[SeqId, asyncio.Queue[Output]] = {}
         self.draining = False
 
@@ -51,17 +54,9 @@ class ShardService:
         """End everything that runs, at once, with this error."""
         self._deliver([Output(name, error=error) for name in self.streams])
 
-    def hand_over(self, *, waiting: bool) -> int:
-        """Tell all callers, or those who wait for their first step, to go on elsewhere. Returns how many."""
-        moved = [name for name in self.streams if not waiting or self._waits(name)]
-        if moved:
-            log("handed_over", requests=len(moved), waiting=waiting)
-        self._deliver([Output(name, finish_reason=MOVED) for name in moved])
-        return len(moved)
-
-    def _waits(self, name: SeqId) -> bool:
-        found = self.engine.placement(name)
-        return found is None or found[0] == WAITING
+    def hand_over(self, *, waiting: bool) -> None:
+        """Have all requests, or those that wait, go on elsewhere."""
+        self.engine.inbox.put(HandOver(waiting))
 
     async def Generate(self, request: pb.ShardGenerateRequest, call: Any) -> AsyncIterator[pb.ShardGenerateResponse]:
         if self.draining:
@@ -94,9 +89,10 @@ class ShardService:
         )
         stream: asyncio.Queue[Output] = asyncio.Queue()
         self.streams[request.id] = stream
-        self.engine.inbox.put(Submit(wanted))
         reason = ""
         try:
+            shared = await self.find(wanted, [(each.node, each.address) for each in request.holders])
+            self.engine.inbox.put(Submit(wanted, shared))
             while not reason:
                 output = await stream.get()
                 if output.error is not None:
@@ -105,20 +101,21 @@ class ShardService:
                 yield _response(output)
         finally:
             del self.streams[request.id]
-            if reason in ("", MOVED):
+            if not reason:
                 self.engine.inbox.put(Cancel(request.id))
 
     async def Placement(self, request: pb.PlacementRequest, call: Any) -> pb.PlacementResponse:
         found = self.engine.placement(request.id)
         if found is None:
             raise NotFound(f"no request {request.id!r} runs here or ended here lately", field="id")
-        state, tokens, layout = found
         return pb.PlacementResponse(
             id=request.id,
-            state=state,
-            tokens=tokens,
+            state=found.state,
+            tokens=found.tokens,
             block_size=self.block_size,
-            spans=[wire.span_to_wire(span) for span in layout],
+            spans=[wire.span_to_wire(span) for span in found.layout],
+            holes=[pb.Interval(start=start, stop=stop) for start, stop in found.holes],
+            moving=[wire.wish_to_wire(wish, self.block_size) for wish in found.moving],
         )
 
 

@@ -6,8 +6,9 @@ import asyncio
 import platform
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.names import prefix_hashes
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
-from infinillm.core.types import Layout, Loan, Model, Node, Refused, SeqId
+from infinillm.core.types import DEVICE, HOST, Layout, Model, Node, NodeId, Refused, SeqId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed
 from infinillm.engine.runner import Runner
@@ -30,6 +32,7 @@ from infinillm.model.decoder import Decoder
 from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
+from infinillm.pool.find import find, kept_or_released
 from infinillm.pool.memory import Memory
 from infinillm.servers.membership import Membership, Report
 from infinillm.servers.process import Told, ready, say
@@ -62,9 +65,12 @@ class Worker:
         settings = self.settings
         self.loop = asyncio.get_running_loop()
         cache = files.cache_folder(settings.cache_dir)
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-        )
+        if settings.tier == HOST and not (settings.memory_only and settings.device != "cuda"):
+            raise BadRequest(
+                "host memory is a CPU's and serves no model: --memory-only, not --device cuda", field="tier"
+            )
+        found = "cuda" if torch.cuda.is_available() and settings.tier == DEVICE else "cpu"
+        device = torch.device(found if settings.device == "auto" else settings.device)
         body = bodies.body(device, cache)
         path = await asyncio.to_thread(files.resolve, settings.model or None, cache, say)
         spec = spec_of(weights.read_config(path), settings.max_model_len or None)
@@ -74,8 +80,10 @@ class Worker:
         revision = await asyncio.to_thread(files.revision, path)
         model = Model(files.served_name(settings.model or None), shape, spec.context, longest, revision)
         count = settings.kv_blocks or int(settings.kv_memory_gib * 2**30) // shape.block_bytes
-        if count < 1:
+        if count < 1 and (settings.memory_only or settings.kv_memory_gib > 0):
             raise BadRequest(f"kv_memory_gib {settings.kv_memory_gib} holds no block", field="kv_memory_gib")
+        if count < 1 and not settings.controller:
+            raise BadRequest("a worker without memory needs a controller, to borrow by", field="controller")
         lendable = count if settings.memory_only else int(count * settings.lend_fraction)
         self.memory = Memory(Blocks(self.id, count, settings.block_size, lendable), Store(shape, count, device, body))
         self.metrics = Metrics("worker", node=self.id)
@@ -104,6 +112,7 @@ class Worker:
             threads=settings.threads,
         )
         self.moving: set[asyncio.Task[None]] = set()
+        self.obeying = asyncio.Lock()
         self.engine: Engine | None = None
         self.shard: ShardService | None = None
         services: list[tuple[Any, object]] = [(POOL, self.pool)]
@@ -124,7 +133,9 @@ class Worker:
                 borrow=self._borrow,
                 metrics=self.metrics,
             )
-            self.shard = ShardService(self.engine, self.loop, spec.vocab, settings.block_size, settings.max_waiting)
+            self.shard = ShardService(
+                self.engine, self.loop, spec.vocab, settings.block_size, settings.max_waiting, self._find
+            )
             services.append((SHARD, self.shard))
         self.server = rpc.Server(settings.host, settings.port, services, extra_handlers=[self.lanes.service()])
         port = await self.server.start()
@@ -147,17 +158,20 @@ class Worker:
         """
         began = time.monotonic()
         deadline = began + self.settings.drain_seconds
-        self.draining = self.pool.draining = True
+        self.draining = True
+        self.pool.end()
         self.server.set_ready(False)
         if self.shard is not None and self.engine is not None:
             self.shard.draining = True
             if failure is not None:
                 self.shard.fail(Unavailable(f"{self.id} ends: {failure}"))
-            self.shard.hand_over(waiting=True)
-            await self._emptied(began + FINISHING * self.settings.drain_seconds, hurry)
+            if not self.membership.others:  # nobody could go on with what runs
+                self.shard.hand_over(waiting=True)
+                await self._until(self._idle, began + FINISHING * self.settings.drain_seconds, hurry)
             self.shard.hand_over(waiting=False)
-            await self._emptied(deadline, asyncio.Event())
+            await self._until(self._idle, deadline, asyncio.Event())
             await asyncio.to_thread(self.engine.stop)
+        await self._until(lambda: not self.memory.held_by_others, deadline, hurry)
         if self.settings.controller:
             await self.membership.leave()
         with suppress(asyncio.TimeoutError):  # what is not given back lapses
@@ -169,10 +183,12 @@ class Worker:
         await self.server.stop(grace=1.0)
         self.metrics.close()
 
-    async def _emptied(self, deadline: float, hurry: asyncio.Event) -> None:
-        """Wait until no request is left, or until then, or until there is a hurry."""
-        assert self.shard is not None and self.engine is not None
-        while self.shard.streams and self.engine.alive and time.monotonic() < deadline and not hurry.is_set():
+    def _idle(self) -> bool:
+        return self.shard is None or not self.shard.streams or self.engine is None or not self.engine.alive
+
+    async def _until(self, so: Callable[[], bool], deadline: float, hurry: asyncio.Event) -> None:
+        """Wait until it is so, or until then, or until there is a hurry."""
+        while not so() and time.monotonic() < deadline and not hurry.is_set():
             await asyncio.sleep(LOOK_SECONDS)
 
     # --- what the ledger hears -----------------------------------------------------------------------------------
@@ -188,21 +204,39 @@ class Worker:
                 blocks=blocks.count,
                 lendable=blocks.lendable,
                 used=blocks.used,
-                cached=blocks.cached,
+                cached=min(blocks.cached, blocks.count - blocks.used - blocks.lent),  # what is not promised
                 lent=blocks.lent,
                 borrowed=self.lenders.borrowed,
                 serves=self.engine is not None,
+                tier=self.settings.tier,
                 draining=self.draining,
                 running=load.running if load else 0,
                 waiting=load.waiting if load else 0,
                 wanted=load.wanted if load else 0,
+                lost=load.lost if load else 0,
+                repaired=load.repaired if load else 0,
             )
 
     def report(self) -> Report:
         layouts: Mapping[SeqId, Layout] = self.engine.load.layouts if self.engine is not None else {}
         with self.memory.lock:  # counts and loans of one moment
-            lent: tuple[Loan, ...] = tuple(self.memory.blocks.loans.values())
-            return Report(self.node(), lent, layouts)
+            loans = self.memory.blocks.loans.values()
+            lent = tuple(replace(loan, recalled=self.pool.wanted(loan)) for loan in loans)
+            return Report(self.node(), lent, layouts, frozenset(self.memory.blocks.marks))
+
+    # --- sharing -------------------------------------------------------------------------------------------------
+
+    async def _find(self, request: Request, holders: Sequence[tuple[NodeId, str]]) -> Layout:
+        """What others keep of a request from now on, so that it need not be computed here."""
+        size = self.memory.blocks.block_size
+        tokens = (*request.prompt, *request.already)
+        if not holders or request.sampling.prompt_logprobs is not None:
+            return ()
+        names = prefix_hashes(tokens, size, request.cache_salt)[: (len(tokens) - 1) // size]
+        with self.memory.lock:
+            here = self.memory.blocks.leading(names)
+        finding = asyncio.create_task(find(self.lenders, request.id, names, here, holders))
+        return await kept_or_released(self.lenders, request.id, finding)
 
     # --- borrowing -----------------------------------------------------------------------------------------------
 
@@ -216,7 +250,7 @@ class Worker:
         never = alone is not None and not self.settings.controller
         try:
             if self.settings.controller:
-                candidates = await self.membership.creditors(wanted)
+                candidates = await self.membership.creditors(wanted, self.lenders.recalling)
                 if isinstance(candidates, Refused):
                     answer = candidates
                 else:
@@ -243,15 +277,16 @@ class Worker:
         task.add_done_callback(self.moving.discard)
 
     async def _move(self, order: MoveBlocks, address: str) -> None:
-        """Reserve at the target, then tell the engine; without a reservation nothing changes."""
+        """Reserve at the target, then tell the engine, in the order of the orders; unreserved, nothing changes."""
         if self.engine is None:
             return
-        if order.target != self.id:
-            answer = await self.lenders.borrow(order.blocks, order.blocks, [(order.target, address, order.blocks)])
-            if isinstance(answer, Refused):
-                log("borrow_refused", blocks=order.blocks, reason=answer.reason)
-                return
-        self.engine.inbox.put(order)
+        async with self.obeying:
+            if order.target != self.id:
+                answer = await self.lenders.borrow(order.blocks, order.blocks, [(order.target, address, order.blocks)])
+                if isinstance(answer, Refused):
+                    log("borrow_refused", blocks=order.blocks, reason=answer.reason)
+                    return
+            self.engine.inbox.put(order)
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -288,6 +323,9 @@ class Worker:
             m.set("kv_blocks", blocks, state=state)
         m.set("loans", len(self.memory.blocks.loans), side="lender")
         m.set("loans", len(self.lenders.room()), side="borrower")
+        m.set("recalled_blocks", sum(loan.recalled for loan in self.report().lent), side="lender")
+        m.set("moving_blocks", self.engine.load.moving if self.engine is not None else 0)
+        m.set("missing_tokens", self.engine.load.missing if self.engine is not None else 0)
         m.set("requests_running", node.running)
         m.set("requests_waiting", node.waiting)
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infinillm.core.blocks import Blocks, Holding, prefix_hashes, slots
+from infinillm.core.blocks import Blocks, Holding, slots
+from infinillm.core.names import marks, prefix_hashes
 from infinillm.core.types import Loan, Refused
 from infinillm.errors import Broken
 
@@ -50,7 +51,7 @@ def test_lending_knows_its_cap_its_room_and_itself():
     b = books(count=8, lendable=4)
     assert isinstance(b.lend("a", 1, 1.0, "1"), Refused)
     assert isinstance(b.lend("x", 5, 1.0, "1"), Refused)
-    assert isinstance(b.lend("x", 0, 1.0, "1"), Refused)
+    assert isinstance(b.lend("x", -1, 1.0, "1"), Refused)
     b.grow("mine", 0, 6)
     assert isinstance(b.lend("x", 3, 1.0, "1"), Refused)
     assert isinstance(b.lend("x", 2, 1.0, "1"), Loan)
@@ -109,28 +110,109 @@ def test_only_the_unused_part_of_a_loan_comes_back_early():
     b.check()
 
 
-def test_full_blocks_are_shared_by_prefix_and_evicted_last_used_first():
+def sealed(b: Blocks, seq: str, names: list[bytes], owner: str = "") -> None:
+    for i, name in enumerate(names):
+        b.seal(seq, i * 4, name, owner)
+
+
+def test_full_blocks_are_shared_by_name_and_evicted_last_used_first():
     b = books(count=4)
     names = prefix_hashes(range(8), 4)
     b.grow("one", 0, 2)
-    for i, name in enumerate(names):
-        b.seal("one", i * 4, name)
-    assert b.match(names) == (2, 0)
-    b.share("two", names)
+    sealed(b, "one", names)
+    assert b.match("s", names) == ([0, 1], 0)
+    assert b.share("two", {0: names[0], 4: names[1], 8: b"nowhere"}) == [0, 4]
     assert b.holding("two").blocks == b.holding("one").blocks and b.used == 2
     b.release("one")
     b.release("two")
-    assert (b.cached, b.room, b.match(names)) == (2, 4, (2, 2))
-    b.grow("three", 0, 3)  # evicts the end of the prefix before its beginning
-    assert b.match(names) == (1, 1)
+    assert (b.cached, b.room, b.match("s", names)) == (2, 4, ([0, 1], 2))
+    b.grow("three", 0, 3)  # evicts the end of a prefix before its beginning
+    assert b.match("s", names) == ([0], 1)
     b.check()
 
 
-def test_prefix_names_depend_on_everything_before_them_and_on_the_salt():
-    a, c = prefix_hashes([1, 2, 3, 4, 5], 2), prefix_hashes([9, 2, 3, 4, 5], 2)
-    assert len(a) == 2 and set(a).isdisjoint(c)
-    assert set(a).isdisjoint(prefix_hashes([1, 2, 3, 4, 5], 2, salt="tenant"))
-    assert prefix_hashes([1, 2, 3, 4], 2) == a
+def test_a_borrower_shares_as_a_guest_beside_its_loan():
+    b = books(count=8, lendable=6)
+    names = prefix_hashes(range(16), 4)
+    b.grow("mine", 0, 4)
+    sealed(b, "mine", names)
+    shared = {4 * i: name for i, name in enumerate(names)}
+    assert b.share("theirs", shared, "x") == []  # without a loan
+    b.lend("x", 2, 9.0, "1")
+    assert b.share("theirs", shared, "x") == [0, 4, 8, 12] and b.share("theirs", shared, "x") == []
+    assert (b.used, b.room, b.loans["x"].used) == (4, 2, 0)
+    assert b.grow("theirs", 16, 2, "x") is None and b.loans["x"].used == 2
+    b.release("mine")  # it is kept for the guest
+    assert (b.used, b.room) == (4, 2)
+    assert b.leave("theirs", 8, 3, "x") is None
+    assert (b.used, b.room, b.loans["x"].used) == (2, 4, 1)
+    b.check()
+    b.give_back("x")
+    assert (b.used, b.room, b.cached) == (0, 8, 4)
+    b.check()
+
+
+def test_what_a_loan_held_outlives_it_for_whoever_shares_it():
+    b = books(count=4, lendable=4)
+    names = prefix_hashes(range(8), 4)
+    b.lend("x", 2, 9.0, "1")
+    b.grow("s", 0, 2, "x")
+    sealed(b, "s", names, "x")
+    assert b.match("u", names) == ([0, 1], 2)  # either may outlive the other, so sharing costs room
+    b.lend("y", 1, 9.0, "2")
+    assert b.share("u", {0: names[0], 4: names[1]}, "y") == [0]  # as far as room and cap last
+    assert b.room == 0
+    b.release("s", "x")
+    assert b.grow("t", 0, 2, "x") is None  # the promise to x still holds
+    b.check()
+    b.give_back("x")
+    assert b.holding("u", "y").firsts == [0] and b.room == 2
+    b.check()
+
+
+def test_whoever_goes_on_with_a_sequence_gets_it_out_of_the_loan_it_was_in():
+    b = books(count=4, lendable=4)
+    names = prefix_hashes(range(16), 4)
+    b.lend("x", 4, 9.0, "1")
+    b.grow("s", 0, 3, "x")
+    b.grow("t", 12, 1, "x")
+    sealed(b, "s", names[:3], "x")
+    b.seal("t", 12, names[3], "x")
+    b.lend("y", 0, 9.0, "2")  # there is no room at all, and none is needed
+    assert b.share("s", {4 * i: name for i, name in enumerate(names)}, "y") == [0, 4, 8]
+    assert (b.used, b.lent, b.room, b.loans["x"].blocks, b.loans["x"].used) == (3, 1, 0, 1, 1)
+    b.check()
+    assert b.match("s", names) == ([0, 1, 2, 3], 1) and b.match("t", names)[1] == 0
+    b.release("s", "y")
+    assert b.give_back("y", 0) == 0 and "y" not in b.loans
+    b.lend("z", 0, 9.0, "3")
+    assert b.share("u", {0: names[0]}, "z") == [0]
+    assert b.give_back("z", 0) == 0 and "z" in b.loans  # it shares something
+    b.check()
+
+
+def test_guests_stay_within_the_cap_on_what_is_lent():
+    b = books(count=8, lendable=3)
+    names = prefix_hashes(range(16), 4)
+    b.grow("mine", 0, 4)
+    sealed(b, "mine", names)
+    b.lend("x", 1, 9.0, "1")
+    assert b.share("theirs", {4 * i: name for i, name in enumerate(names)}, "x") == [0, 4]
+    b.release("theirs", "x")
+    assert b.share("other", {12: names[3]}, "x") == [12]
+    b.check()
+
+
+def test_landmarks_come_with_their_block_and_go_with_it():
+    b = Blocks("a", 16, 4, 16)
+    names = prefix_hashes(range(68), 4)
+    b.grow("s", 0, 16)
+    sealed(b, "s", names[:16])
+    assert b.marks == set(marks(names)) and len(b.marks) == 2
+    b.release("s")
+    b.grow("t", 0, 1)  # evicts the last block, a landmark
+    assert b.marks == set(marks(names[:8]))
+    b.check()
 
 
 def test_slots_follow_positions_through_the_table():
@@ -162,8 +244,8 @@ operation = st.one_of(
     st.tuples(st.just("lend"), st.sampled_from(["x", "y"]), st.just(0), st.integers(1, 6)),
     st.tuples(st.just("return"), st.sampled_from(["x", "y"]), st.just(0), st.integers(0, 4)),
     st.tuples(st.just("expire"), st.just(""), st.just(0), st.integers(0, 40)),
-    st.tuples(st.just("seal"), st.just(""), st.integers(0, 3), st.integers(0, 3)),
-    st.tuples(st.just("share"), st.just(""), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.just("seal"), st.sampled_from(["", "x", "y"]), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.just("share"), st.sampled_from(["", "x", "y"]), st.integers(0, 3), st.integers(0, 3)),
 )
 
 
@@ -191,11 +273,12 @@ def test_the_books_balance_after_anything(operations):
                 for loan in b.due(float(number)):
                     b.give_back(loan.borrower)
             case "seal":
-                b.seal(seq, number * 4, names[number])
+                b.seal(seq, number * 4, names[number], owner)
             case "share":
-                if b.holding(seq) is None and (found := b.match(names)[0]):
-                    b.share(seq, names[:found])
-                    ends["", seq] = found * 4
+                if b.holding(seq, owner) is None:
+                    wanted = b.match(seq, names[number:])[0]
+                    if shared := b.share(seq, {4 * (number + i): names[number + i] for i in wanted}, owner):
+                        ends[owner, seq] = shared[-1] + 4
         ends = {key: end for key, end in ends.items() if b.holding(key[1], key[0]) is not None}
         b.check()
     for owner, seq in list(ends):
@@ -236,10 +319,10 @@ def test_a_sequence_leaves_some_of_its_blocks_and_a_cached_one_stays_cached():
     b.grow("s", 0, 3)
     for i, name in enumerate(names):
         b.seal("s", 4 * i, name)
-    b.share("t", names)
-    assert b.leave("t", 0, 1) is None and b.match(names) == (2, 0)
+    b.share("t", {0: names[0], 4: names[1]})
+    assert b.leave("t", 0, 1) is None and b.match("s", names) == ([0, 1], 0)
     assert b.leave("s", 0, 2) is None and b.holding("s").firsts == [8]
-    assert b.match(names) == (2, 1) and b.room == 6
+    assert b.match("s", names) == ([0, 1], 1) and b.room == 6
     for first, blocks in ((0, 1), (8, 2), (9, 1)):
         assert isinstance(b.leave("s", first, blocks), Refused)
     assert b.leave("s", 8, 1) is None and b.holders() == ["t"]

@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infinillm.core.blocks import Blocks, stretches
-from infinillm.core.layout import grown, moved, plan
+from infinillm.core.blocks import Blocks
+from infinillm.core.layout import grown, moved, plan, stretches
 from infinillm.core.moves import Chosen, Wish, choose, pick, place
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.types import Chunk, Grow, Layout, Move, Part, Span, Step, Stretch
@@ -47,6 +47,20 @@ def test_a_plan_says_who_gives_takes_and_leaves():
     assert plans["home"].give == plans["b"].take
     assert plans["home"].parts == (Part("s", 8, 9, 8, 9, 3),)  # what it gives it still answers for
     assert plans["c"].leave == (Stretch("t", 4, 2),) and not plans["c"].give
+
+
+def test_a_wish_to_a_full_home_waits_for_those_that_leave_it():
+    s = sequence((Span("home", 0, 8), Span("b", 8, 16)), 16)
+    back, away = Move("s", "b", "home", 8, 2), Move("s", "home", "c", 0, 1)
+    full = {"home": 0, "b": 0, "c": 9}
+    assert ask(s, back, room=full).refused == ((Wish(back, "why"), "home has no room"),)
+    assert ask(s, away, back, room=full) == Chosen((away,), (Wish(back, "why"),))
+    assert ask(s, away, back, room=full | {"home": 1}) == Chosen(
+        (away, back._replace(blocks=1)), (Wish(Move("s", "b", "home", 12, 1), "why"),)
+    )
+    nowhere = ask(s, back, away, room=dict.fromkeys(full, 0))
+    assert nowhere.wishes == (Wish(back, "why"),)
+    assert nowhere.refused == ((Wish(away, "why"), "c has no room"),)
 
 
 def test_only_full_computed_blocks_that_are_where_they_are_said_to_be():

@@ -39,6 +39,7 @@ def ledgers(draw: st.DrawFn) -> Ledger:
                 lendable=draw(st.integers(0, blocks)),
                 used=draw(st.integers(0, blocks)),
                 serves=draw(st.booleans()),
+                tier=draw(st.sampled_from(["device", "host"])),
                 draining=draw(st.booleans()),
                 running=draw(st.integers(0, 5)),
                 waiting=draw(st.integers(0, 5)),
@@ -80,8 +81,8 @@ def test_route_takes_what_capacity_promises_and_no_more(
 @given(ledgers(), st.integers(1, 500))
 def test_creditors_are_others_alive_and_within_their_caps(books: Ledger, blocks: int) -> None:
     for asker in (*books.nodes, "stranger"):
-        assert isinstance(ISOLATED.creditors(books, asker, blocks), Refused)
-        offers = POOLED.creditors(books, asker, blocks)
+        assert isinstance(ISOLATED.creditors(books, asker, blocks, ()), Refused)
+        offers = POOLED.creditors(books, asker, blocks, ())
         offering = {
             n.id: min(n.lendable - n.lent, n.free - n.running)
             for n in books.nodes.values()
@@ -94,7 +95,14 @@ def test_creditors_are_others_alive_and_within_their_caps(books: Ledger, blocks:
         assert all(offering[name] == offer for name, offer in offers)
         assert len(dict(offers)) == len(offers)
         assert [name for name, _ in offers] == sorted(
-            dict(offers), key=lambda name: (books.nodes[name].borrowed > 0, -offering[name], name)
+            dict(offers),
+            key=lambda name: (
+                books.nodes[name].tier == "host",
+                f"{name}>{asker}" not in books.loans,
+                books.nodes[name].borrowed > 0,
+                -offering[name],
+                name,
+            ),
         )
         assert sum(dict(offers).values()) >= min(2 * blocks, sum(offering.values()))
 
@@ -123,9 +131,9 @@ def test_refusals_say_what_was_needed_and_what_there_is() -> None:
     )
     assert POOLED.route(three, 10, 20, 16, ("a", "b", "c")) == Refused("no worker is ready to serve besides a, b, c")
     assert POOLED.route(ledger(), 10, 20, 16, ()) == Refused("no worker is ready to serve")
-    assert ISOLATED.creditors(three, "a", 160) == Refused("a needs 160 more blocks; policy isolated lends none")
+    assert ISOLATED.creditors(three, "a", 160, ()) == Refused("a needs 160 more blocks; policy isolated lends none")
     full = ledger(node("a", used=160), node("b", used=160), node("c", used=100, draining=True))
-    assert POOLED.creditors(full, "a", 1) == Refused(
+    assert POOLED.creditors(full, "a", 1, ()) == Refused(
         "a needs 1 more block; 1 other worker may lend 144 in all, and none of them is free now"
     )
 
@@ -156,9 +164,14 @@ def test_lenders_keep_their_own_running_and_borrowers_are_asked_last() -> None:
         node("d", used=60),
         loans=(Loan("d>c", "d", "c", 20, 1.0),),
     )
-    assert POOLED.creditors(books, "a", 200) == [("b", 144), ("d", 80), ("c", 144)]
-    assert POOLED.creditors(books, "a", 70) == [("b", 144)]
-    assert POOLED.creditors(ledger(node("a"), node("b", used=150, running=10)), "a", 5) != [("b", 0)]
+    assert POOLED.creditors(books, "a", 200, ()) == [("b", 144), ("d", 80), ("c", 144)]
+    assert POOLED.creditors(books, "a", 70, ()) == [("b", 144)]
+    assert POOLED.creditors(books, "a", 200, ("b", "c")) == [("d", 80)]
+    assert POOLED.creditors(books, "c", 1, ()) == [("d", 80)], "who lends to it already comes first"
+    assert POOLED.creditors(books, "a", 1, ("b", "c", "d")) == Refused(
+        "a needs 1 more block; 0 other workers may lend 0 in all, and none of them is free now"
+    )
+    assert POOLED.creditors(ledger(node("a"), node("b", used=150, running=10)), "a", 5, ()) != [("b", 0)]
 
 
 def test_only_proactive_orders_what_nobody_asked_for() -> None:

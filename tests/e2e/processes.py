@@ -109,10 +109,18 @@ class Process:
 class Cluster:
     """A controller, workers by name and a gateway, on loopback and ports of their own choice. Ends by `end`."""
 
-    def __init__(self, folder: Path, model: str, *, blocks: int, flags: dict[str, tuple[str, ...]] | None = None):
-        """`flags` are more flags for "controller", "worker" and "gateway"."""
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        *,
+        blocks: int,
+        flags: dict[str, tuple[str, ...]] | None = None,
+        of_worker: Callable[[str], tuple[str, ...]] = lambda name: (),
+    ):
+        """`flags` are more flags for "controller", "worker" and "gateway"; `of_worker` gives those of one, by name."""
         self.folder, self.model, self.blocks = folder, model, blocks
-        self.flags = flags or {}
+        self.flags, self.of_worker = flags or {}, of_worker
         self.workers: dict[str, Process] = {}
         self.started: list[Process] = []
 
@@ -137,7 +145,7 @@ class Cluster:
     def add_worker(self, name: str) -> Process:
         """Start a worker; it is not waited for."""
         at = ("--controller", self.address, "--id", name, "--kv-blocks", str(self.blocks))
-        self.workers[name] = self._start(name, "worker", *at, *self._model)
+        self.workers[name] = self._start(name, "worker", *at, *self.of_worker(name), *self._model)
         return self.workers[name]
 
     def ready(self) -> None:
@@ -145,7 +153,8 @@ class Cluster:
         for process in self.processes:
             process.ready()
         until(lambda: len(self.ledger().nodes) == len(self.workers), "every worker in the ledger", 10)
-        most = self.ledger().max_tokens
+        said = self.ledger()
+        most = min(said.max_tokens, said.model.max_position)
         until(lambda: self.get("/v1/models")["data"][0]["max_model_len"] == most, "the gateway knows it", 10)
 
     @property
@@ -244,10 +253,16 @@ class Cluster:
 
 @contextmanager
 def cluster(
-    folder: Path, model: str, *, blocks: int, workers: int = 3, flags: dict[str, tuple[str, ...]] | None = None
+    folder: Path,
+    model: str,
+    *,
+    blocks: int,
+    workers: int = 3,
+    flags: dict[str, tuple[str, ...]] | None = None,
+    of_worker: Callable[[str], tuple[str, ...]] = lambda name: (),
 ) -> Iterator[Cluster]:
     """A cluster while the block runs; nothing of it is left afterwards, whatever happens."""
-    made = Cluster(folder, model, blocks=blocks, flags=flags)
+    made = Cluster(folder, model, blocks=blocks, flags=flags, of_worker=of_worker)
     try:
         made.start(workers)
         yield made

@@ -10,15 +10,20 @@ import pytest
 
 from tests.e2e import client
 from tests.e2e.client import Ending, Stream
-from tests.e2e.conftest import truth
+from tests.e2e.conftest import BLOCKS, truth
 from tests.e2e.processes import Cluster, until
 
-LENGTH, COUNT, MOST = 600, 100, 400  # tokens; LENGTH + MOST takes all three workers
+LENGTH, COUNT = 420, 290  # tokens; they take two workers
+LONG, MOST = 600, 400  # tokens; they take all three
 NOTICED = 3.0  # seconds until somebody who stands still is given up
 
 
 def lost(pool: Cluster, home: str) -> list[dict[str, Any]]:
     return [event for event in pool.workers[home].events if event["event"] == "node_lost"]
+
+
+def resubmitted(pool: Cluster) -> list[dict[str, Any]]:
+    return [event for event in pool.gateway.events if event["event"] == "request_resubmitted"]
 
 
 def home_and_lender(pool: Cluster, stream: Stream) -> tuple[str, str]:
@@ -29,6 +34,7 @@ def home_and_lender(pool: Cluster, stream: Stream) -> tuple[str, str]:
 
 def test_a_lender_that_is_killed_does_not_change_the_answer(pool: Cluster) -> None:
     prompt, want = truth(LENGTH, 8, COUNT)
+    before = {name: worker.metrics() for name, worker in pool.workers.items()}
     with client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(5)
         home, lender = home_and_lender(pool, stream)
@@ -36,13 +42,18 @@ def test_a_lender_that_is_killed_does_not_change_the_answer(pool: Cluster) -> No
         pool.workers[lender].kill()
         got = stream.finish()
     assert (got.error, got.tokens) == (None, want)
+    told = {sample: value - before[home].get(sample, 0.0) for sample, value in pool.workers[home].metrics().items()}
+    names = ("hole_tokens_total", "repaired_tokens_total", "step_tokens_sum")
+    hole, repaired, computed = (told[f'{name}{{node="{home}"}}'] for name in names)
+    assert computed == LENGTH + COUNT - 1 + hole
+    assert hole == repaired > LENGTH - 16 * BLOCKS, "what did not fit at home was lost, and computed again once"
     assert [event["node"] for event in lost(pool, home)[already:]] == [lender], "the kill came while it lent"
     pool.start_worker_again(lender)
 
 
 def test_a_lender_that_stands_still_for_a_while_does_not_change_the_answer(pool: Cluster) -> None:
     """It wakes up after it was given up, with its books as they were, and is asked again for the same request."""
-    prompt, want = truth(LENGTH, 9, MOST)
+    prompt, want = truth(LONG, 9, MOST)
     with client.streaming(pool.url, prompt, MOST) as stream:
         stream.read(5)
         home, lender = home_and_lender(pool, stream)
@@ -80,9 +91,11 @@ def test_the_home_of_a_request_that_stands_still_does_not_change_the_answer(pool
     with client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(5)
         home, _ = home_and_lender(pool, stream)
+        already = len(resubmitted(pool))
         pool.workers[home].signal(signal.SIGSTOP)
         try:
-            stream.read(20)
+            (event,) = until(lambda: resubmitted(pool)[already:], f"{home} is given up", NOTICED)
+            stream.read(event["tokens"] + 15)
         finally:
             pool.workers[home].signal(signal.SIGCONT)
         got = stream.finish()
@@ -94,7 +107,7 @@ def test_the_home_of_a_request_that_stands_still_does_not_change_the_answer(pool
 
 @pytest.mark.parametrize("after", [0, 5], ids=["before the first token", "in the middle"])
 def test_a_client_that_leaves_frees_its_blocks_within_a_second(pool: Cluster, after: int) -> None:
-    prompt, _ = truth(LENGTH, 12 + after, 4)
+    prompt, _ = truth(LONG, 12 + after, 4)
 
     def used() -> list[int]:
         said = [pool.books(name) for name in pool.workers]
@@ -110,7 +123,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_second(pool: Cluster, af
 
 
 def test_a_controller_that_is_killed_is_not_missed_by_who_runs_and_learns_everything_again(pool: Cluster) -> None:
-    prompt, want = truth(LENGTH, 13, 400)
+    prompt, want = truth(LONG, 13, MOST)
     epoch = pool.ledger().epoch
     with client.streaming(pool.url, prompt, 400) as stream:
         stream.read(5)
@@ -135,7 +148,7 @@ def test_a_controller_that_is_killed_is_not_missed_by_who_runs_and_learns_everyt
 @pytest.mark.parametrize("who", ["its home", "its lender"])
 def test_a_worker_that_is_told_to_end_does_not_spoil_what_runs(pool: Cluster, who: str) -> None:
     """A home finishes its requests first; a lender takes its memory along, and what it held is computed again."""
-    prompt, want = truth(LENGTH, 15, COUNT)
+    prompt, want = truth(LENGTH, 15 + len(who), COUNT)
     with client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(5)
         home, lender = home_and_lender(pool, stream)

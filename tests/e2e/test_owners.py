@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.e2e import client
 from tests.e2e.client import Stream
-from tests.e2e.conftest import truth
+from tests.e2e.conftest import BLOCK, truth
 from tests.e2e.processes import Cluster, until
 
 LENGTH, COUNT, MORE = 120, 150, 250  # tokens; one worker holds them
@@ -70,33 +70,48 @@ def test_an_owner_that_stands_still_is_noticed_and_says_nothing_when_it_wakes(po
     until(lambda: len(pool.ledger().nodes) == 3, "it is a member again", 15)
 
 
-def test_an_owner_that_is_told_to_end_finishes_what_it_can(pool: Cluster) -> None:
-    prompt, want = truth(LENGTH, 32, COUNT)
-    already = len(resubmitted(pool))
-    with client.streaming(pool.url, prompt, COUNT) as stream:
-        stream.read(20)
-        home = pool.workers[owner(pool, stream)]
-        home.signal(signal.SIGTERM)
-        got = stream.finish()
-    assert (got.error, got.tokens, resubmitted(pool)[already:]) == (None, want, [])
-    assert home.wait() == 0, home.last_words
-    pool.start_worker_again(home.name)
+def computed(pool: Cluster, *names: str) -> float:
+    """Tokens in all steps of these workers."""
+    return sum(pool.workers[name].metrics()[f'step_tokens_sum{{node="{name}"}}'] for name in names)
 
 
-def test_an_owner_that_is_told_to_end_in_a_hurry_hands_over(pool: Cluster) -> None:
+def test_an_owner_that_is_told_to_end_hands_over_with_all_it_has(pool: Cluster) -> None:
+    """The next one shares what it has, computes what is no whole block yet, and brings all home beside its steps."""
     prompt, want = truth(LENGTH, 33, MORE)
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, MORE) as stream:
-        stream.read(5)
+        stream.read(20)
         home = pool.workers[owner(pool, stream)]
-        home.signal(signal.SIGTERM)
-        until(lambda: pool.books(home.name).node.draining, "it drains", 5)
+        others = [name for name in pool.workers if name != home.name]
+        before = computed(pool, *others)
         home.signal(signal.SIGTERM)
         got = stream.finish()
     assert (got.error, got.tokens) == (None, want)
     (event,) = resubmitted(pool)[already:]
     assert (event["node"], event["reason"]) == (home.name, f"worker {home.name} is draining")
+    assert computed(pool, *others) - before <= MORE - event["tokens"] + BLOCK
     assert home.wait() == 0, home.last_words
     (told,) = [event for event in home.events if event["event"] == "handed_over"]
     assert told["requests"] == 1
     pool.start_worker_again(home.name)
+
+
+def test_the_last_owner_that_is_told_to_end_finishes_what_it_can(pool: Cluster) -> None:
+    prompt, want = truth(LENGTH, 32, COUNT)
+    already = len(resubmitted(pool))
+    with client.streaming(pool.url, prompt, COUNT) as stream:
+        stream.read(5)
+        home = owner(pool, stream)
+        others = [worker for name, worker in pool.workers.items() if name != home]
+        for worker in others:
+            worker.signal(signal.SIGTERM)
+        for worker in others:
+            assert worker.wait() == 0, worker.last_words
+        until(lambda: len(pool.ledger().nodes) == 1, "it is alone", 5)
+        pool.workers[home].signal(signal.SIGTERM)
+        got = stream.finish()
+    assert (got.error, got.tokens, resubmitted(pool)[already:]) == (None, want, [])
+    assert pool.workers[home].wait() == 0
+    for name in list(pool.workers):
+        pool.add_worker(name)
+    pool.ready()

@@ -234,8 +234,9 @@ def test_where_a_request_is_and_was():
     b = Bench()
     b.submit("s", [1] * 6)
     b.turn()
-    state, tokens, layout = b.engine.placement("s")
+    state, tokens, layout, holes, moving = b.engine.placement("s")
     assert (state, tokens, [(x.start, x.stop) for x in layout]) == ("running", 7, [(0, 7)])
+    assert (holes, moving) == ((), ())
     b.turn(4)
     assert b.engine.placement("s")[0] == "finished" and b.engine.placement("nobody") is None
 

@@ -1,10 +1,13 @@
-"""Recall: a lender gets its memory back, from home's room or from the youngest that lies there, within its patience."""
+"""Recall: a lender gets its memory back: there is room at home, at another lender, or the youngest gives way."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from typing import Any
+
+import pytest
 
 from infinillm.core.types import Span
 from infinillm.pool.answer import PoolService
@@ -91,7 +94,8 @@ def test_where_home_has_no_room_the_youngest_that_lies_there_gives_way():
             cluster.turn()
         assert cluster.home.memory.blocks.room == 0
         recall(cluster, 30)
-        cluster.turn()
+        while not cluster.engine.waiting:  # first nobody else lends any
+            cluster.turn()
         assert [s.id for s in cluster.engine.waiting] == ["t"]
         while lent(cluster):
             cluster.turn()
@@ -101,6 +105,93 @@ def test_where_home_has_no_room_the_youngest_that_lies_there_gives_way():
         for seed, id in enumerate(("s", "t"), 1):
             agree(got[id], truth("llama", seed=seed))
         assert counted(cluster, "infinillm_preemptions_total") == 1
+        cluster.settle()
+
+
+def test_where_home_is_full_another_lender_takes_them_and_nobody_gives_way():
+    with Cluster(decoder("llama"), {"a": 10, "b": 20, "c": 20}) as cluster:
+        listening(cluster).lend("b", 12)
+        start(cluster, 4)
+        assert layout(cluster) == (Span("a", 0, 80), Span("b", 80, 160))
+        recall(cluster, 12)
+        while lent(cluster):
+            assert "s" in cluster.engine.sequences
+            cluster.turn()
+            tidy(cluster)
+            cluster.home.memory.blocks.check()
+        assert {span.node for span in layout(cluster)} == {"a", "c"}
+        assert moved(cluster, "home") >= 80
+        assert moved(cluster, "away") >= 80
+        agree(cluster.finish()["s"], truth("llama"))
+        assert counted(cluster, "infinillm_step_tokens_sum") == LENGTH + OUTPUT - 1
+        assert counted(cluster, "infinillm_preemptions_total") == 0
+        cluster.settle()
+
+
+def test_room_for_what_is_recalled_is_not_given_to_who_waits():
+    with Cluster(decoder("llama"), {"a": 10, "b": 20, "c": 40}) as cluster:
+        listening(cluster).lend("b", 12)
+        start(cluster, 2)
+        cluster.share = False
+        cluster.lend("c", 12)
+        recall(cluster, 12)
+        cluster.submit(tiny.prompt(40, 2), id="t", arrival=1.0)  # there is room for it on c, and soon at home
+        while lent(cluster):
+            cluster.turn()
+            tidy(cluster)
+            held = cluster.home.lenders.accounts["c"].held
+            assert "t" not in held or lent(cluster) <= 1, "only the block it writes into may take longer"
+        agree(cluster.finish()["s"], truth("llama"))
+        assert counted(cluster, "infinillm_preemptions_total") == 0
+        cluster.settle()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(seed):
+    """Every few steps one of three lenders recalls some; others have room, mostly; each gets its own back in time."""
+    draw, lengths = random.Random(seed), {"s": (LENGTH, 1), "t": (70, 2), "u": (45, 3)}
+    with Cluster(decoder("llama"), {"a": 12, "b": 16, "c": 16, "d": 16}, step_tokens=48, moves=32) as cluster:
+        for arrival, (id, (length, each)) in enumerate(lengths.items()):
+            cluster.submit(tiny.prompt(length, each), id=id, arrival=float(arrival), max_tokens=OUTPUT, logprobs=0)
+        cluster.engine.hear(block=False)
+        waited = dict.fromkeys("bcd", 0)
+        while cluster.engine.sequences:
+            cluster.turn()
+            tidy(cluster)
+            for id, peer in cluster.peers.items():
+                peer.memory.blocks.check()
+                if id in waited:
+                    peer.service.expire(0.0)
+                    waited[id] = waited[id] + 1 if peer.service.recalls else 0
+            assert max(waited.values()) < 80, waited
+            if not any(waited.values()) and draw.random() < 0.3:
+                peer = cluster.peers[draw.choice("bcd")]
+                cluster.loop.call_soon_threadsafe(peer.service.recall, draw.randint(1, 12))
+        outputs: dict[str, list[Any]] = {}
+        for output in cluster.home.outputs:
+            outputs.setdefault(output.id, []).append(output)
+        for id, (length, each) in lengths.items():
+            agree(outputs[id], truth("llama", length, OUTPUT, each))
+        assert moved(cluster, "home") > 100
+        for peer in cluster.peers.values():
+            peer.service.recalls.clear()
+        cluster.settle()
+
+
+def test_a_recall_that_nobody_was_there_to_hear_is_said_again():
+    with Cluster(decoder("llama"), {"a": 30, "b": 20}) as cluster:
+        cluster.home.memory.blocks.grow("somebody", 0, 20)
+        listening(cluster).lend("b", 12)
+        start(cluster, 2)
+        cluster.home.memory.blocks.release("somebody")
+        cluster.home.lenders.reset(["b"])
+        cluster.loop.call_soon_threadsafe(cluster.peers["b"].service.recall, 12)
+        while lent(cluster):
+            cluster.turn()
+            tidy(cluster)
+        assert cluster.heard.is_set()  # type: ignore[attr-defined]
+        agree(cluster.finish()["s"], truth("llama"))
+        assert counted(cluster, "infinillm_step_tokens_sum") == LENGTH + OUTPUT - 1
         cluster.settle()
 
 

@@ -16,13 +16,15 @@ import httpx
 from infinillm import config, rpc
 from infinillm.errors import InfinillmError, NotFound, TooLong, Unavailable
 from infinillm.protos import controller_pb2, shard_pb2, types_pb2
+from infinillm.servers.controllers import CONTROLLER
 from infinillm.servers.gateway import Gateway
-from infinillm.servers.inference_pool import CONTROLLER, SHARD
+from infinillm.servers.inference_pool import SHARD
 from tests import tiny
 
 LOCALHOST = "127.0.0.1"
 WAIT_SECONDS = 10.0
 MODEL = "tiny-talker"
+EPOCH = 7
 TEXT = "The pool remembers, the ledger decides. 日本語 and 🦊 are whole."
 T = TypeVar("T")
 
@@ -149,14 +151,17 @@ class FakeController:
         self.max_tokens, self.max_position = 500, 1000
         self.routed: list[controller_pb2.RouteRequest] = []
         self.refusal: InfinillmError | None = None
+        self.once = False  # refuses one request, and no more
         self.serves = True
+        self.settling = False  # has just begun to lead, and knows nobody yet
         self.tells = True  # how long a request the worker it names could hold
         self.turn = 0
 
     async def Route(self, request: Any, call: Any) -> controller_pb2.RouteResponse:
         self.routed.append(request)
         if self.refusal is not None:
-            raise self.refusal
+            refusal, self.refusal = self.refusal, None if self.once else self.refusal
+            raise refusal
         if request.longest_tokens > self.max_tokens:
             raise TooLong(f"the request needs {request.longest_tokens} tokens; the pool holds {self.max_tokens}")
         left = [shard for shard in self.shards if shard.id not in request.exclude]
@@ -165,7 +170,7 @@ class FakeController:
         self.turn += 1
         shard = left[self.turn % len(left)]
         reach = self.max_tokens if self.tells else 0
-        return controller_pb2.RouteResponse(node=shard.id, address=shard.address, max_tokens=reach)
+        return controller_pb2.RouteResponse(node=shard.id, address=shard.address, max_tokens=reach, epoch=EPOCH)
 
     async def Snapshot(self, request: Any, call: Any) -> controller_pb2.SnapshotResponse:
         shape = types_pb2.AttentionShape(
@@ -173,12 +178,20 @@ class FakeController:
         )
         nodes = [
             types_pb2.Node(
-                id=shard.id, incarnation="1", address=shard.address, blocks=40, lendable=30, serves=self.serves
+                id=shard.id,
+                incarnation="1",
+                address=shard.address,
+                blocks=40,
+                lendable=30,
+                serves=self.serves,
+                tier="device",
             )
             for shard in self.shards
+            if not self.settling
         ]
         return controller_pb2.SnapshotResponse(
-            epoch=7,
+            settling=self.settling,
+            epoch=EPOCH,
             policy="pooled",
             model=controller_pb2.Model(name=MODEL, shape=shape, max_position=self.max_position),
             max_tokens=self.max_tokens,

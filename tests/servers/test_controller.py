@@ -23,7 +23,7 @@ from infinillm.core.types import AttentionShape, Ledger, Loan, Model, Node, Refu
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Stale, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
 from infinillm.servers.controller import CONTROLLER, Controller
-from infinillm.servers.membership import Membership, Superseded
+from infinillm.servers.membership import LONGEST_PAUSE, Membership, Superseded
 from infinillm.telemetry import Metrics
 
 SOON = 10.0
@@ -232,7 +232,7 @@ def test_a_member_waits_for_a_controller_that_is_not_there_yet() -> None:
     async def test(world: World, client: rpc.Client) -> None:
         await world.stop()
         a = Member(world, Report(node("a")))
-        answer = await a.membership.creditors(5)
+        answer = await a.membership.creditors(5, ())
         assert isinstance(answer, Refused)
         with pytest.raises(Unavailable):
             await a.membership.capacity()
@@ -250,7 +250,7 @@ def test_while_nodes_come_back_nothing_is_called_too_long_for_good() -> None:
             await client.Route(route(2900, 3000), timeout=SOON)
         asked = await client.Creditors(creditors("a", 1), timeout=SOON)
         assert asked.max_tokens == 0
-        world.now += world.controller.silence + 0.001
+        world.now += world.controller.silence + LONGEST_PAUSE + 0.001
         with pytest.raises(TooLong, match=r"188 blocks .* offers 100 on 1 worker, so at most 1,600 tokens"):
             await client.Route(route(2900, 3000), timeout=SOON)
         asked = await client.Creditors(creditors("a", 1), timeout=SOON)
@@ -298,7 +298,7 @@ def test_epochs() -> None:
         await client.Join(join(Report(node("a"))), timeout=SOON)
         older = await client.Heartbeat(beat("a", epoch=4), timeout=SOON)
         assert (older.known, older.epoch) == (False, 5)
-        with pytest.raises(Stale, match="epoch 5, a has seen 6"):
+        with pytest.raises(Stale, match="epoch 5, and 6 is known"):
             await client.Heartbeat(beat("a", epoch=6), timeout=SOON)
 
     living(test)
@@ -357,7 +357,8 @@ def test_creditors_are_named_with_their_addresses() -> None:
         Member(world, Report(node("b", used=60)))
         Member(world, Report(node("m", 500, serves=False)))
         await world.settled()
-        assert await a.membership.creditors(400) == [("m", "127.0.0.1:m", 450), ("b", "127.0.0.1:b", 40)]
+        assert await a.membership.creditors(400, ()) == [("m", "127.0.0.1:m", 450), ("b", "127.0.0.1:b", 40)]
+        assert await a.membership.creditors(400, ["m"]) == [("b", "127.0.0.1:b", 40)]
         assert await a.membership.capacity() == (100 + 90 + 450) * 16
         with pytest.raises(BadRequest):
             await client.Creditors(creditors("a", 0), timeout=SOON)
@@ -370,7 +371,7 @@ def test_isolated_names_no_creditors() -> None:
         a = Member(world, Report(node("a", used=100)))
         Member(world, Report(node("b")))
         await world.settled()
-        assert await a.membership.creditors(4) == Refused("a needs 4 more blocks; policy isolated lends none")
+        assert await a.membership.creditors(4, ()) == Refused("a needs 4 more blocks; policy isolated lends none")
         assert await a.membership.capacity() == 1600
 
     living(test, "isolated")

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from infinillm import rpc
-from infinillm.errors import BadRequest, Broken, InfinillmError, Overloaded, TooLong, Unavailable
+from infinillm.errors import BadRequest, Broken, InfinillmError, Overloaded, TooLong, Unavailable, Unreachable
 from infinillm.protos import inference_pb2 as pb
 from infinillm.servers import gateway, inference
 from infinillm.servers.inference_pool import Pool
@@ -186,7 +186,8 @@ def test_a_worker_that_is_not_there_is_replaced(site: Site) -> None:
     assert answers == [200, 200]
 
 
-def test_when_all_workers_fail_the_reason_is_told(site: Site) -> None:
+def test_when_all_workers_fail_the_reason_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infinillm.servers.inference.GO_ON_SECONDS", 0.3)
     site.change(fail_after=0)
     answer = site.http.post(PATH, json=ASKED)
     assert answer.status_code == 503
@@ -267,6 +268,27 @@ def test_requests_go_on_without_the_controller(site: Site) -> None:
             site.call(site.serve([(CONTROLLER, site.controller)], port))
     site.until(lambda: site.gateway.pool.reachable)
     assert site.http.get("/ready").status_code == 200
+
+
+def test_a_controller_that_knows_no_worker_yet_is_not_waited_for(site: Site) -> None:
+    """It has just begun to lead: what the one before said of the workers stands."""
+    site.controller.settling, site.controller.refusal = True, Unavailable("no worker has joined yet")
+    answers = [site.http.post(PATH, json=ASKED) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len(site.controller.routed) == 4
+    assert site.http.get("/ready").status_code == 200
+    assert site.http.get("/v1/models").json()["data"][0]["max_model_len"] == 500
+    site.controller.settling = False
+    assert site.http.post(PATH, json=ASKED).status_code == 503
+
+
+def test_a_controller_that_was_away_for_a_moment_is_asked_again(site: Site) -> None:
+    """Not so one that was there, and had nobody to name."""
+    site.controller.once, site.controller.refusal = True, Unreachable("it stood still")
+    assert site.http.post(PATH, json=ASKED).status_code == 200
+    assert len(site.controller.routed) == 2
+    site.controller.refusal = Unavailable("no worker is ready to serve")
+    assert site.http.post(PATH, json=ASKED).status_code == 503
 
 
 def test_without_any_snapshot_nothing_is_routed(site: Site) -> None:

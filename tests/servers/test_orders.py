@@ -7,6 +7,7 @@ import pytest
 
 from infinillm import rpc, wire
 from infinillm.core.ledger import Report
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Span
 from infinillm.errors import BadRequest
 from infinillm.protos import controller_pb2 as pb
@@ -25,6 +26,9 @@ def test_a_home_is_told_to_make_room_on_a_node_that_has_some() -> None:
         a, b = Member(world, crowded("a"), cost=LLAMA_H100), Member(world, Report(node("b")), cost=LLAMA_H100)
         await world.settled()
         await world.controller.plan()
+        counted = world.controller.metrics.exposition().decode()
+        assert 'infinillm_orders_total{direction="away"} 1.0' in counted
+        assert 'infinillm_orders_total{direction="between"} 0.0' in counted
         await world.until(lambda: bool(a.orders))
         [(order, address)] = a.orders
         assert (order.home, order.seq, order.source, order.target, address) == ("a", "long", "a", "b", "127.0.0.1:b")
@@ -71,3 +75,10 @@ def test_a_node_that_leaves_takes_its_costs_along_and_a_wrong_profile_is_refused
         assert "c" not in world.controller.ledger.nodes
 
     living(test)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "direction"), [("a", "b", "away"), ("b", "a", "home"), ("b", "c", "between")]
+)
+def test_where_an_order_leads_is_said_as_its_home_sees_it(source: str, target: str, direction: str) -> None:
+    assert MoveBlocks("a", "s", source, target, 1, "a test").direction == direction

@@ -13,6 +13,7 @@ from infinillm.errors import BadRequest, InfinillmError, TooLong, Unavailable
 from infinillm.protos import inference_pb2 as pb
 from infinillm.servers.inference import MOST_LOSSES
 from infinillm.servers.inference_service import INFERENCE
+from tests.e2e.processes import until
 from tests.servers.fake_shard import MODEL, TEXT, Site, encode, sites
 
 ASKED: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 200, "return_token_ids": True}
@@ -139,7 +140,10 @@ def test_a_request_that_is_refused_for_what_it_is_ends(site: Site, failure: Infi
 
 
 @pytest.mark.parametrize("refusal", [TooLong("the pool has become too small"), Unavailable("nobody is there")])
-def test_nobody_to_go_on_is_told_in_the_stream(site: Site, refusal: InfinillmError) -> None:
+def test_nobody_to_go_on_is_told_in_the_stream(
+    site: Site, refusal: InfinillmError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infinillm.servers.inference.GO_ON_SECONDS", 0.4)
     change(site, FIRST, hold_after=2, fail_after=3)
     with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
         lines = (line[6:] for line in answer.iter_lines() if line.startswith("data: "))
@@ -153,7 +157,29 @@ def test_nobody_to_go_on_is_told_in_the_stream(site: Site, refusal: InfinillmErr
     assert error["message"] == f"the worker is gone (after 3 tokens); nobody else can go on: {refusal.message}"
 
 
-async def _refuse(site: Site, refusal: InfinillmError) -> None:
+@pytest.mark.parametrize("forgiven", [0.0, 60.0])
+@pytest.mark.parametrize("refusal", [TooLong("the pool has become too small"), Unavailable("nobody is there")])
+def test_who_went_away_for_a_moment_is_waited_for(
+    site: Site, refusal: InfinillmError, forgiven: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a while a worker of the name that was lost may go on: it was started again."""
+    monkeypatch.setattr("infinillm.servers.inference.FORGIVEN_SECONDS", forgiven)
+    change(site, FIRST, hold_after=2, fail_after=3)
+    asked = len(site.controller.routed)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
+        lines = (line[6:] for line in answer.iter_lines() if line.startswith("data: "))
+        heard = [next(lines), next(lines)]
+        site.call(_refuse(site, refusal))
+        site.release()
+        until(lambda: len(site.controller.routed) > asked + 3, "the gateway asks again", 5)
+        site.call(_refuse(site, None))
+        heard += lines
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in heard[:-1]) == TEXT
+    excluded = [list(routed.exclude) for routed in site.controller.routed[2:]]
+    assert excluded == [["worker-1"] if forgiven else []] * len(excluded)
+
+
+async def _refuse(site: Site, refusal: InfinillmError | None) -> None:
     site.controller.refusal = refusal
 
 

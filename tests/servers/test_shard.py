@@ -1,17 +1,20 @@
 """What a worker takes, refuses and hands over."""
 
 import asyncio
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from infinillm import wire
-from infinillm.core.request import MOVED, RUNNING, WAITING, Sampling
-from infinillm.core.types import Layout
-from infinillm.engine.messages import Cancel, Load, Output, Submit
+from infinillm.core.moves import Wish
+from infinillm.core.request import MOVED, Request, Sampling
+from infinillm.core.types import Layout, Move, Span
+from infinillm.engine.messages import Cancel, HandOver, Load, Output, Placement, Submit
 from infinillm.errors import BadRequest, InfinillmError, Overloaded, Unavailable
 from infinillm.protos import shard_pb2 as pb
+from infinillm.servers.openai_bodies import plain
 from infinillm.servers.shard import ShardService
 
 
@@ -25,22 +28,42 @@ class FakeEngine:
         self.load = Load()
         self.states: dict[str, str] = {}
 
-    def placement(self, id: str) -> tuple[str, int, Layout] | None:
-        return (self.states[id], 1, ()) if id in self.states else None
+    def placement(self, id: str) -> Placement | None:
+        if id not in self.states:
+            return None
+        wish = Wish(Move(id, "a", "b", 4, 2), "room")
+        return Placement(self.states[id], 20, (Span("a", 0, 20),), ((8, 12), (16, 20)), (wish,))
+
+
+def test_where_a_request_is_what_it_lost_and_what_moves() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        engine.states["s"] = "running"
+        told = plain(await shard_of(engine).Placement(pb.PlacementRequest(id="s"), None))
+        assert (told["state"], told["tokens"], told["block_size"]) == ("running", 20, 4)
+        assert told["spans"] == [{"node": "a", "start": 0, "stop": 20}]
+        assert told["holes"] == [{"start": 8, "stop": 12}, {"start": 16, "stop": 20}]
+        assert told["moving"] == [{"source": "a", "target": "b", "start": 4, "stop": 12, "reason": "room"}]
+
+    asyncio.run(scenario())
 
 
 def ask(id: str, **more: Any) -> pb.ShardGenerateRequest:
     return pb.ShardGenerateRequest(id=id, prompt=[1], sampling=wire.sampling_to_wire(Sampling()), **more)
 
 
+async def nobody(request: Request, holders: Sequence[tuple[str, str]]) -> Layout:
+    return ()
+
+
 def shard_of(engine: Any) -> ShardService:
-    return ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8)
+    return ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=nobody)
 
 
 def test_a_full_queue_refuses() -> None:
     async def scenario() -> None:
         engine: Any = FakeEngine()
-        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=2)
+        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=2, find=nobody)
         asked = [shard.Generate(ask(str(i)), None) for i in range(4)]
         tasks = [asyncio.ensure_future(anext(each)) for each in asked[:2]]
         while engine.inbox.qsize() < 2:
@@ -103,29 +126,41 @@ def test_a_request_that_runs_here_still_can_be_tried_elsewhere() -> None:
     asyncio.run(scenario())
 
 
-def test_handing_over_first_what_waits_then_the_rest() -> None:
+def test_what_others_have_of_a_request_is_asked_for_first() -> None:
     async def scenario() -> None:
-        engine = FakeEngine()
-        shard = shard_of(engine)
-        names = ("waits", "runs", "unheard")
-        asked = {name: shard.Generate(ask(name), None) for name in names}
-        tasks = {name: asyncio.ensure_future(anext(each)) for name, each in asked.items()}
-        while engine.inbox.qsize() < 3:
+        engine: Any = FakeEngine()
+        asked: list[Any] = []
+
+        async def find(request: Request, holders: Sequence[tuple[str, str]]) -> Layout:
+            asked.append((request.id, holders, engine.inbox.qsize()))
+            return (Span("b", 0, 4),)
+
+        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=find)
+        task = asyncio.ensure_future(anext(shard.Generate(ask("s", holders=[{"node": "b", "address": "there"}]), None)))
+        while not engine.inbox.qsize():
             await asyncio.sleep(0)
-        engine.states = {"waits": WAITING, "runs": RUNNING}  # and of the last, the engine has not heard yet
-        assert shard.hand_over(waiting=True) == 2
-        said = await asyncio.gather(tasks["waits"], tasks["unheard"])
-        assert [each.finish_reason for each in said] == [MOVED, MOVED]
-        shard._deliver([Output("runs", (5,))])
-        assert list((await tasks["runs"]).tokens) == [5]
-        assert shard.hand_over(waiting=False) == 3
-        shard._deliver([Output("runs", (6,))])
-        assert [(list(each.tokens), each.finish_reason) async for each in asked["runs"]] == [([], MOVED)]
-        for name in ("waits", "unheard"):
-            await asked[name].aclose()
-        assert not shard.streams
-        heard = [engine.inbox.get() for _ in range(6)]
-        assert heard[3:] == [Cancel("runs"), Cancel("waits"), Cancel("unheard")], "nobody computes for them any more"
+        assert asked == [("s", [("b", "there")], 0)]
+        assert engine.inbox.get().shared == (Span("b", 0, 4),)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert engine.inbox.get() == Cancel("s")
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_handed_over_ends_here() -> None:
+    async def scenario() -> None:
+        engine: Any = FakeEngine()
+        shard = shard_of(engine)
+        stream = shard.Generate(ask("s"), None)
+        task = asyncio.ensure_future(anext(stream))
+        while not engine.inbox.qsize():
+            await asyncio.sleep(0)
+        shard.hand_over(waiting=False)
+        shard.publish([Output("s", finish_reason=MOVED)])
+        assert (await task).finish_reason == MOVED and [each async for each in stream] == []
+        heard = [engine.inbox.get() for _ in range(2)]
+        assert heard[1] == HandOver(False) and not engine.inbox.qsize() and not shard.streams
 
     asyncio.run(scenario())
 

@@ -9,6 +9,7 @@ from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nob
 from infinillm.core.types import Ledger, NodeId, Refused
 
 NAME = "isolated"
+SHARES = False
 
 
 def route(
@@ -33,7 +34,7 @@ def capacity(ledger: Ledger, block_size: int) -> int:
     return max((node.blocks for node in serving(ledger)), default=0) * block_size
 
 
-def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
+def creditors(ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId]) -> Offers | Refused:
     return Refused(f"{node} needs {counted(blocks, 'more block')}; policy {NAME} lends none")
 
 

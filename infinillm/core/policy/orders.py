@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from infinillm.core.types import Ledger, Node, NodeId, Refused, SeqId
+from infinillm.core.types import HOST, Layout, Ledger, Node, NodeId, Refused, SeqId
 
 Offers: TypeAlias = list[tuple[NodeId, int]]  # who could lend, and how many blocks, best first
 
@@ -35,6 +35,11 @@ class MoveBlocks:
     blocks: int
     reason: str
 
+    @property
+    def direction(self) -> str:
+        """Where to, as the home of the sequence sees it."""
+        return "home" if self.target == self.home else "away" if self.source == self.home else "between"
+
 
 Order: TypeAlias = Lend | MoveBlocks
 
@@ -44,9 +49,26 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
+def full_blocks(layout: Layout, node: NodeId, block_size: int) -> int:
+    """Blocks of a sequence that lie on a node and could move: all but the one it writes into."""
+    last = layout[-1] if layout else None
+    return sum((s.stop - s.start - (s is last)) // block_size for s in layout if s.node == node)
+
+
 def offer(node: Node) -> int:
     """Blocks a node can lend now: within its cap, and one kept back for each request it runs."""
     return min(node.lendable - node.lent, node.free - node.running)
+
+
+def by_rank(ledger: Ledger, node: NodeId, exclude: Collection[NodeId]) -> Offers:
+    """Who could lend to a node, best first: devices, then who lends to it already, then who does not borrow."""
+    lending = {loan.lender for loan in ledger.loans.values() if loan.borrower == node}
+    ranked = sorted(
+        (n.tier == HOST, n.id not in lending, n.borrowed > 0, -blocks, n.id)
+        for n in ledger.nodes.values()
+        if n.id != node and n.id not in exclude and not n.draining and (blocks := offer(n)) > 0
+    )
+    return [(name, -negative) for *_, negative, name in ranked]
 
 
 def serving(ledger: Ledger) -> list[Node]:

@@ -1,7 +1,8 @@
 """One pool: a request lives on the node that serves it and on whoever lends it blocks.
 
 A lender keeps back what its cap says, and one block for each request it runs, so that these can go on. It keeps nothing
-back for its queue: two nodes that wait for each other's room would wait for ever. A node that borrows is asked last.
+back for its queue: two nodes that wait for each other's room would wait for ever. Of those who could lend, who does
+already comes first, so that a request lies on few nodes, and host memory last.
 """
 
 from __future__ import annotations
@@ -9,10 +10,23 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from infinillm.core.cost import Costs
-from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, offer, roomiest, serving, too_long
+from infinillm.core.policy.circles import cancel
+from infinillm.core.policy.orders import (
+    Offers,
+    Order,
+    blocks_for,
+    by_rank,
+    counted,
+    nobody,
+    roomiest,
+    serving,
+    too_long,
+)
+from infinillm.core.policy.tiers import fetch
 from infinillm.core.types import Ledger, Node, NodeId, Refused
 
 NAME = "pooled"
+SHARES = True
 
 
 def route(
@@ -40,11 +54,11 @@ def capacity(ledger: Ledger, block_size: int) -> int:
     return max((_reach(node, lendable) for node in serving(ledger)), default=0) * block_size
 
 
-def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
+def creditors(ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId]) -> Offers | Refused:
     """As many as it takes to cover `blocks` twice: the ledger is half a second old, and some may refuse."""
-    others = [n for n in ledger.nodes.values() if n.id != node and not n.draining]
-    ranked = sorted((n.borrowed > 0, -spare, n.id) for n in others if (spare := offer(n)) > 0)
+    ranked = by_rank(ledger, node, exclude)
     if not ranked:
+        others = [n for n in ledger.nodes.values() if n.id != node and n.id not in exclude and not n.draining]
         most = sum(n.lendable for n in others)
         return Refused(
             f"{node} needs {counted(blocks, 'more block')}; {counted(len(others), 'other worker')} "
@@ -52,17 +66,17 @@ def creditors(ledger: Ledger, node: NodeId, blocks: int) -> Offers | Refused:
         )
     offers: Offers = []
     wanted = 2 * blocks
-    for _, negative, name in ranked:
+    for name, offered in ranked:
         if wanted <= 0:
             break
-        offers.append((name, -negative))
-        wanted += negative
+        offers.append((name, offered))
+        wanted -= offered
     return offers
 
 
 def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
-    """Nothing unasked: blocks are lent when a node wants them."""
-    return ()
+    """Blocks are lent when a node wants them; unasked, they only go back where they came from."""
+    return (*cancel(ledger, block_size), *fetch(ledger, costs, block_size))
 
 
 def _lendable(ledger: Ledger) -> int:

@@ -2,9 +2,9 @@
 
 Theory of operation. Tokens per second of a node are its batch over the seconds of its step. A node whose queue does
 not fit (a debtor) would have a larger batch with more room; moving blocks of its longest request to a node with room to
-spare (a creditor) makes some, and costs the creditor time, because it reads them in every step. `plan` goes through
-the debtors, smallest batch first; for each it takes the creditor with most room and the number of blocks with the best
-joint gain, and again, until there is no gain. Where a request lives besides is as in policy pooled.
+spare (a creditor) makes some, and costs the creditor time, because it reads them in every step. `make_room` goes
+through the debtors, smallest batch first; for each it takes the creditor with most room (host memory last) and the
+number of blocks with the best joint gain, and again, until there is no gain. All else is as in policy pooled.
 
 A debtor here is never a creditor, and neither is a node that borrows: nothing cascades. A creditor's cap, and the room
 its running requests need, are its own. What is ordered is a wish: a home that cannot (the request is over, the target
@@ -19,13 +19,15 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from infinillm.core.cost import Cost, Costs
-from infinillm.core.policy.orders import MoveBlocks, Order, counted, offer
+from infinillm.core.policy import pooled
+from infinillm.core.policy.orders import MoveBlocks, Order, counted, full_blocks, offer
 from infinillm.core.policy.pooled import capacity, creditors, reach, route
-from infinillm.core.types import Layout, Ledger, Node, NodeId, SeqId
+from infinillm.core.types import HOST, Ledger, Node, NodeId, SeqId
 
-__all__ = ["NAME", "capacity", "creditors", "plan", "reach", "route", "throughput"]
+__all__ = ["NAME", "capacity", "creditors", "make_room", "plan", "reach", "route", "throughput"]
 
 NAME = "proactive"
+SHARES = True
 LEAST_GAIN = 0.01  # of both nodes' tokens per second: what is less is not worth the wire
 TRIED = 16  # block counts tried at once, between the fewest and the most
 
@@ -59,13 +61,18 @@ class _Site:
 
 
 def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
+    """What goes back where it came from, and what makes room."""
+    return (*pooled.plan(ledger, costs, block_size), *make_room(ledger, costs, block_size))
+
+
+def make_room(ledger: Ledger, costs: Costs, block_size: int) -> tuple[MoveBlocks, ...]:
     short = [node for node in ledger.nodes.values() if _short(node) and costs.of(node.id) is not None]
     if not short:
         return ()
     waiting = {loan.borrower for loan in ledger.loans.values() if loan.used < loan.blocks}
     debtors = sorted((node.running, node.id) for node in short if node.id not in waiting)
     room = [
-        (-blocks, node.id)
+        (node.tier == HOST, -blocks, node.id)
         for node in ledger.nodes.values()
         if not (node.borrowed or node.draining or _short(node))
         and (blocks := offer(node)) > 0
@@ -73,12 +80,13 @@ def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
     ]
     heapify(room)
     sites: dict[NodeId, _Site] = {}
-    orders: list[Order] = []
+    orders: list[MoveBlocks] = []
     for _, home in debtors:
         site = _site(ledger, ledger.nodes[home], costs, block_size)
         movable = _movable(ledger, home, block_size)
         while room and movable:
-            left, target = -room[0][0], room[0][1]
+            far, negative, target = room[0]
+            left = -negative
             blocks, seq = max(movable)
             other = sites.get(target) or _site(ledger, ledger.nodes[target], costs, block_size)
             moved = _best(site, other, seq, target, min(left, blocks), block_size)
@@ -93,7 +101,7 @@ def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
                 movable.append((blocks - count, seq))
             heappop(room)
             if left > count:
-                heappush(room, (count - left, target))
+                heappush(room, (far, count - left, target))
     return tuple(orders)
 
 
@@ -124,13 +132,8 @@ def _site(ledger: Ledger, node: Node, costs: Costs, block_size: int) -> _Site:
 
 def _movable(ledger: Ledger, home: NodeId, block_size: int) -> list[tuple[int, SeqId]]:
     """Full blocks of each sequence that lie at its home; the one it writes into stays."""
-    found = ((_full(layout, home, block_size), seq) for seq, layout in ledger.layouts.get(home, {}).items())
+    found = ((full_blocks(layout, home, block_size), seq) for seq, layout in ledger.layouts.get(home, {}).items())
     return [(blocks, seq) for blocks, seq in found if blocks > 0]
-
-
-def _full(layout: Layout, home: NodeId, block_size: int) -> int:
-    last = layout[-1] if layout else None
-    return sum((s.stop - s.start - (s is last)) // block_size for s in layout if s.node == home)
 
 
 def _moved(site: _Site, host: _Site, seq: SeqId, target: NodeId, blocks: int, size: int) -> tuple[_Site, _Site]:

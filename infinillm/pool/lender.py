@@ -1,0 +1,49 @@
+"""One node we borrow from: the account of its loan, and what of our sequences lies there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from infinillm.core.types import LoanId, NodeId, SeqId
+from infinillm.pool.talk import Conversation
+
+
+@dataclass(slots=True)
+class Lender:
+    """One node we borrow from."""
+
+    node: NodeId
+    address: str
+    loan: LoanId
+    blocks: int
+    held: dict[SeqId, set[int]] = field(default_factory=dict)  # blocks by the position of their first token
+    guests: dict[SeqId, set[int]] = field(default_factory=dict)  # those of `held` that are not of the loan
+    staged: dict[SeqId, set[int]] = field(default_factory=dict)  # those on their way there
+    conversation: Conversation | None = None
+    leaving: dict[SeqId, int] = field(default_factory=dict)  # blocks that left, which the lender may not have heard
+    recalled: int = 0  # blocks the lender wants back
+    ending: bool = False  # it wants everything back
+    unsaid: set[SeqId] = field(default_factory=set)  # released while there was no conversation to say it in
+    idle_since: float = 0.0
+
+    @property
+    def room(self) -> int:
+        """Blocks that sequences may take."""
+        return max(0, self.spare - self.recalled)
+
+    @property
+    def spare(self) -> int:
+        return self.blocks - self.used
+
+    @property
+    def used(self) -> int:
+        """Blocks of the loan that sequences have."""
+        held, staged, guests = (sum(map(len, each.values())) for each in (self.held, self.staged, self.guests))
+        return held + staged - guests
+
+    @property
+    def owed(self) -> int:
+        """Blocks that must come home before the lender has what it wants: all that lie there, where it ends."""
+        if self.ending:
+            return sum(map(len, self.held.values())) + sum(map(len, self.staged.values()))
+        return max(0, self.recalled - self.spare)

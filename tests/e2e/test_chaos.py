@@ -1,0 +1,55 @@
+"""A short seed of chaos: whatever happens, answers are right or fail with a reason, and nothing stays behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+
+from tests.e2e import chaos
+from tests.e2e.chaos import Case, Result
+from tests.e2e.client import Ending
+from tests.e2e.faults import KINDS, SHORTEST, Fault, schedule
+
+SEED, REQUESTS = 5, 120
+FEW = 0.05  # of all requests may fail, each with a reason
+
+
+def test_a_schedule_is_a_function_of_its_seed_and_draws_everything() -> None:
+    first = list(islice(schedule(SEED, 4), 200))
+    assert first == list(islice(schedule(SEED, 4), 200)) != list(islice(schedule(SEED + 1, 4), 200))
+    assert {fault.kind for fault in first} == set(KINDS) and {fault.who for fault in first} == set(range(4))
+    assert all(a.at < b.at and a.lasts >= SHORTEST for a, b in pairwise(first))
+
+
+def test_the_audit_sees() -> None:
+    """Wrong tokens, an answer that breaks off in silence, and one that should have been refused."""
+    fine = Case("stream", [1, 2], Ending("", [1, 2], "length"), 0.1)
+    broken = Ending("", [1], status=503, error={"message": "worker-1 is gone"})
+    cases = {
+        "exact": fine,
+        "failed": fine._replace(ending=broken),
+        "left": fine._replace(kind="left", ending=Ending("", [1])),
+        "refused": fine._replace(kind="too long", ending=Ending("", [], status=400, error={"message": "too long"})),
+    }
+    assert {name: case.verdict for name, case in cases.items()} == {name: name for name in cases}
+    assert Result(SEED, cases=list(cases.values())).trouble() == ""
+    wrong = [
+        fine._replace(ending=Ending("", [1, 3], "length")),
+        fine._replace(ending=Ending("", [1], "length")),
+        fine._replace(ending=Ending("", [2], status=503, error={"message": "worker-1 is gone"})),
+        fine._replace(ending=Ending("", [1], status=0, error={"message": ""})),
+        fine._replace(kind="left", ending=Ending("", [2])),
+        fine._replace(kind="too long", ending=Ending("", [1, 2], "length")),
+    ]
+    assert {case.verdict for case in wrong} == {"wrong"}
+    told = Result(SEED, cases=wrong, faults=[Fault(1.0, "kill", 2, 0.5)]).trouble()
+    assert f"seed {SEED}" in told and "kill" in told
+
+
+def test_a_short_seed(tmp_path: Path) -> None:
+    result = chaos.run(tmp_path, SEED, REQUESTS, 0.0, print)
+    assert not result.trouble(), result.trouble()
+    assert len(result.cases) >= REQUESTS and result.verdicts["exact"] >= REQUESTS // 2
+    assert len(result.failed) <= FEW * REQUESTS, Counter(case.reason for case in result.failed)
+    assert result.events["request_resubmitted"] and len(result.faults) >= 3
