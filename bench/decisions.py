@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from infinillm.core.cost import Costs, Dense, Device, Link, roofline
 from infinillm.core.layout import grown, plan
@@ -145,7 +146,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
         calls |= {
             f"route {policy.name}": lambda p=policy: p.route(expecting(ledger, promised), 4000, 5000, BLOCK, ()),
             f"capacity {policy.name}": lambda p=policy: p.capacity(ledger, BLOCK),
-            f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, "worker-500", 8000, ()),
+            f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, "worker-500", 8000, (), False),
             f"plan {policy.name}": lambda p=policy: p.plan(ledger, COSTS, BLOCK),
         }
     proactive = POLICIES["proactive"]
@@ -155,12 +156,13 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
         calls[f"plan proactive, {short} short, {count} orders"] = lambda b=books: proactive.plan(b, COSTS, BLOCK)
     sequences, room = running_sequences()
     budget = Budget(tokens=2048, sequences=RUNNING, block_size=BLOCK)
-    step = schedule(1, sequences, [], room, budget, matches={}, patient=True)
+    rest: dict[str, Any] = {"matches": {}, "patient": True, "own": sum(room.values()), "saved": ()}
+    step = schedule(1, sequences, [], room, budget, **rest)
     assert len(step.chunks) == RUNNING
     assert step.grow
     layouts = {s.id: grown(s.layout, [g for g in step.grow if g.seq == s.id], BLOCK) for s in sequences}
     return calls | {
-        f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, matches={}, patient=True),
+        f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, **rest),
         f"plan of a step, {RUNNING} running": lambda: plan(step, layouts, BLOCK),
     }
 

@@ -134,13 +134,15 @@ class Cluster:
 
     def lend(self, node: NodeId, blocks: int) -> None:
         """Borrow from one node beforehand, so that a test decides where a sequence comes to lie."""
-        got = self.wait(self.home.lenders.borrow(blocks, blocks, [(node, self.peers[node].address, blocks)]))
+        got = self.wait(
+            self.home.lenders.borrow(blocks, blocks, [(node, self.peers[node].address, blocks)], save=False)
+        )
         assert got == blocks, got
 
-    def _borrow(self, least: int, wanted: int, alone: Request | None) -> None:
+    def _borrow(self, least: int, wanted: int, beyond: int | None, alone: Request | None) -> None:
         others = [p for p in self.peers.values() if p is not self.home and self.share]
         offers = [(p.id, p.address, room) for p in others if (room := p.memory.blocks.room) > 0]
-        work = self.home.lenders.borrow(least, wanted, offers)
+        work = self.home.lenders.borrow(least, wanted, offers, save=False)
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         future.add_done_callback(lambda f: self.engine.inbox.put(Borrowed(f.result())))
 

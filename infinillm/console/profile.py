@@ -245,7 +245,7 @@ class _Bench:
         memory = Memory(Blocks("profile", self.store.blocks, size, 0), self.store)
         lenders = Lenders("profile", f"{time.time_ns():016x}", memory, lanes=lanes, port_kind="", metrics=metrics)
         need = _lent_blocks(size)
-        got = asyncio.run(lenders.borrow(need, need, [(LENDER, address, need)]))
+        got = asyncio.run(lenders.borrow(need, need, [(LENDER, address, need)], save=False))
         if isinstance(got, Refused):
             raise Unavailable(f"{address} lends nothing to measure with: {got.reason}")
         remote = PooledAttention("profile", memory, lenders, metrics)

@@ -68,6 +68,11 @@ class Blocks:
         return self.count - self._used - self.lent
 
     @property
+    def offer(self) -> int:
+        """Blocks the node may lend now."""
+        return min(self.lendable - self.lent, self.room)
+
+    @property
     def cached(self) -> int:
         return len(self._idle)
 

@@ -94,6 +94,14 @@ class Cost:
         """
         return (self.question(rows) + 2 * self.merging(rows)) / self.seconds_per_token
 
+    def copying_pays(self, tokens: int, own: int, steps: int) -> bool:
+        """Whether copying a prefix of `tokens` here saves more than it costs, in so many steps of its requests.
+
+        Each reads `own` tokens here besides. Two nodes that read at once may be quicker than one: then it never pays.
+        """
+        there = self.decode_step(1, own, [self.answer(1, tokens)])
+        return steps * (there - self.decode_step(1, own + tokens)) > self.move(tokens)
+
     def moving_pays_after(self, tokens: int) -> float:
         """Decode steps still to come above which moving K/V of `tokens` sends fewer bytes than asking in each."""
         return tokens * self.token_bytes / self.question_bytes

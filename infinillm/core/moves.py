@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from infinillm.core.layout import stretches
 from infinillm.core.request import Interval, Sequence
-from infinillm.core.types import Layout, Move, NodeId, SeqId, Stretch
+from infinillm.core.types import Layout, Move, NodeId, SeqId, Span, Stretch
 
 
 class Wish(NamedTuple):
@@ -83,6 +83,15 @@ def pick(sequence: Sequence | None, source: NodeId, blocks: int, block_size: int
                 ats = range(span.start, span.stop, block_size)
                 found += [at for at in ats if _computed(sequence.done, at, at + block_size)]
     return stretches(sequence.id, found[:blocks], block_size) if sequence is not None else []
+
+
+def ahead(sequence: Sequence, node: NodeId, block_size: int) -> tuple[Layout, list[Stretch]]:
+    """The layout without what is reserved on a node for tokens that are still to come, and these blocks."""
+    end = -(-sequence.length // block_size) * block_size
+    spans = [Span(s.node, s.start, min(s.stop, end)) if s.node == node else s for s in sequence.layout]
+    ranges = (range(max(s.start, end), s.stop, block_size) for s in sequence.layout if s.node == node)
+    empty = stretches(sequence.id, (at for each in ranges for at in each), block_size)
+    return tuple(span for span in spans if span.start < span.stop), empty
 
 
 def place(layout: Layout, position: int) -> NodeId | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 
 from infinillm.core.types import NodeId
@@ -39,6 +39,21 @@ def mark(name: bytes) -> int:
 def marks(names: Sequence[bytes]) -> list[int]:
     """The landmarks of a sequence."""
     return [mark(name) for name in names[MARK_EVERY - 1 :: MARK_EVERY]]
+
+
+class Uses:
+    """How often what begins a sequence was used where it lies elsewhere, by its last name; of the latest ones."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._counts: OrderedDict[bytes, int] = OrderedDict()
+
+    def count(self, name: bytes) -> int:
+        """One more; returns how many there were."""
+        self._counts[name] = self._counts.pop(name, 0) + 1
+        if len(self._counts) > self.most:
+            self._counts.popitem(last=False)
+        return self._counts[name]
 
 
 class Landmarks:

@@ -235,5 +235,9 @@ class Sequence:
     def forget(self) -> None:
         """Preemption: nothing is computed any more, nothing reserved."""
         self.pass_through("preempt")
-        self.done, self.layout, self.holes = (), (), ()
+        self.let_go()
         self.preemptions += 1
+
+    def let_go(self) -> None:
+        """Of all it has, wherever that is."""
+        self.done, self.layout, self.holes = (), (), ()

@@ -4,12 +4,12 @@ Running sequences come first, oldest first, then waiting ones as long as tokens,
 admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve
 each other. One that was preempted comes back only when there is room for it to go on, twice as much each time, so
 that it is not thrown out for ever. Blocks are taken at home first, then on the nodes that already hold a part of the
-sequence, then where most is left.
+sequence, then where most is left. What lenders gave for sequences that outgrow home no other takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import reduce
@@ -39,23 +39,41 @@ class Match:
 
 NO_MATCH = Match()
 ROOM_AFTER_PREEMPTION = 32  # blocks, doubled before it is used
+ROOM_OUTGROWN = 4  # blocks
+MOST_AHEAD = 64  # blocks asked for beyond what lacks now
 
 
-def need(sequence: Sequence, block_size: int, match: Match = NO_MATCH) -> int:
+def need(sequence: Sequence, block_size: int, ahead: int, match: Match = NO_MATCH) -> int:
     """Blocks a waiting sequence must be given to be admitted, beyond those that are somewhere already."""
     there = sum(stop - start for start, stop in match.done) + sum(s.stop - s.start for s in sequence.layout)
-    return -(-reserve(sequence, block_size) // block_size) - there // block_size
+    return -(-reserve(sequence, block_size, ahead) // block_size) - there // block_size
 
 
-def reserve(sequence: Sequence, block_size: int) -> int:
+def reserve(sequence: Sequence, block_size: int, ahead: int) -> int:
     """Tokens that must have a place before a waiting sequence is admitted.
 
-    One that was preempted must find room to go on, twice as much each time, so that it is not thrown out for ever.
+    One that was preempted must find room to go on, twice as much each time, so that it is not thrown out for ever. One
+    for which blocks were saved up finds some `ahead`, from the first: what it would lose is much.
     """
-    if not sequence.preemptions:
-        return sequence.length
-    more = ROOM_AFTER_PREEMPTION << min(sequence.preemptions, 16)
+    if sequence.preemptions:
+        more = ROOM_AFTER_PREEMPTION << min(sequence.preemptions, 16)
+    else:
+        more = ahead
     return max(sequence.length, min(sequence.request.longest, sequence.length + more * block_size))
+
+
+def shortage(
+    step: Step, running: Seq[Sequence], waiting: Seq[Sequence], block_size: int, own: int, more: int
+) -> tuple[int, int, int | None]:
+    """Blocks to ask lenders for: the least that helps, as many as would last, and what is beyond home.
+
+    Beyond home: what the largest of those that lack blocks needs besides `own`, all of home's, and the `more` that were
+    borrowed (less what was lent). None where home could hold each of them alone.
+    """
+    growing, computed = [*running, *waiting[:1]], {chunk.seq for chunk in step.chunks}
+    coming = sum(-(-(s.request.longest - s.length) // block_size) for s in growing)
+    most = max((-(-s.request.longest // block_size) for s in growing if s.id not in computed), default=0)
+    return step.short, step.short + min(coming, MOST_AHEAD), most - own - more if most > own else None
 
 
 def schedule(
@@ -67,12 +85,16 @@ def schedule(
     *,
     matches: Mapping[SeqId, Match],
     patient: bool,
+    own: int,
+    saved: Collection[NodeId],
 ) -> Step:
     """Decide one pass.
 
     running   oldest first; waiting in the order they are to be admitted
     room      blocks that may be taken on each node, home first
     patient   more blocks may still come (a loan is being asked for): wait rather than preempt
+    own       blocks home has in all; a sequence that may come to need more outgrows it
+    saved     lenders whose blocks are for such sequences only
     """
     size = budget.block_size
     left = dict(room)
@@ -83,16 +105,19 @@ def schedule(
     preempt: list[SeqId] = []
     short = 0
 
-    def take(sequence: SeqId, layout: Layout, start: int, stop: int) -> int:
+    def barred(sequence: Sequence) -> Collection[NodeId]:
+        return saved if sequence.request.longest <= own * size else ()
+
+    def take(sequence: Sequence, layout: Layout, start: int, stop: int) -> int:
         """Reserve blocks for [start, stop) as far as there is room; returns the position up to which it has a place."""
         for a, b in uncovered(layout, start, stop):
             first = a - a % size
             wanted = -(-(b - first) // size)
             for node in _preference(home, layout, left):
-                count = min(wanted, left[node])
+                count = min(wanted, left[node]) if node not in barred(sequence) else 0
                 if count > 0:
                     left[node] -= count
-                    grow.append(Grow(sequence, node, first, count))
+                    grow.append(Grow(sequence.id, node, first, count))
                     first += count * size
                     wanted -= count
                 if not wanted:
@@ -108,7 +133,7 @@ def schedule(
         if gap is None or sequence.id in preempt:
             continue
         start, stop = gap[0], min(gap[1], gap[0] + tokens)
-        placed = max(start, min(stop, take(sequence.id, sequence.layout, start, stop)))
+        placed = max(start, min(stop, take(sequence, sequence.layout, start, stop)))
         if placed < stop:
             short += -(-(stop - placed) // size)
         if placed > start:
@@ -129,15 +154,16 @@ def schedule(
             match = matches.get(sequence.id, NO_MATCH)
             if match.idle > left[home]:  # blocks taken above may evict what the cache has
                 match = NO_MATCH
-            wanted = need(sequence, size, match)
-            missing = wanted + match.idle - sum(left.values())
+            ahead = ROOM_OUTGROWN if saved and not barred(sequence) else 0
+            wanted = need(sequence, size, ahead, match)
+            missing = wanted + match.idle - sum(left[node] for node in left.keys() - barred(sequence))
             if missing > 0:
                 short += missing
                 break  # first come, first served: nobody overtakes
             left[home] -= match.idle
             here = [Stretch(sequence.id, start, (stop - start) // size) for start, stop in match.done]
             layout = grown(sequence.layout, [Grow(sequence.id, home, each.first, each.blocks) for each in here], size)
-            take(sequence.id, layout, 0, reserve(sequence, size))
+            take(sequence, layout, 0, reserve(sequence, size, ahead))
             gap = first_gap(reduce(lambda done, more: add(done, *more), match.done, sequence.done), sequence.length)
             assert gap is not None, sequence  # the last token is computed, always
             start, stop = gap[0], min(gap[1], gap[0] + tokens)

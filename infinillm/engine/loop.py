@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 
 from infinillm.core.layout import filled, grown, plan, without
 from infinillm.core.request import FINISHED, MOVED, Request, Sequence, total
-from infinillm.core.scheduler import Budget, need, schedule
+from infinillm.core.scheduler import Budget, need, schedule, shortage
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.measures import count
 from infinillm.engine.messages import (
@@ -45,6 +45,7 @@ from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
 
 RETRY_SECONDS = 0.25  # between two wishes to borrow that were refused
+MOST_REFUSED = 20  # wishes in a row, before waiting requests let go of what others keep for them
 MOST_FAILED = 3  # passes in a row that may raise
 MOST_ADMITTED = 8  # sequences in one step
 KEPT_PLACEMENTS = 256
@@ -54,8 +55,8 @@ class Engine:
     """See the theory of operation above.
 
     publish  called with the outputs of a step, from the engine's thread
-    borrow   called with (least, wanted) blocks, and the request that waits for them where nothing else
-             runs; answers later with a Borrowed message
+    borrow   called with a `shortage` of blocks, and the request that waits for them where nothing else runs; answers
+             later with a Borrowed message
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Engine:
         budget: Budget,
         *,
         publish: Callable[[list[Output]], None],
-        borrow: Callable[[int, int, Request | None], None],
+        borrow: Callable[[int, int, int | None, Request | None], None],
         metrics: Metrics,
     ):
         self.node, self.runner, self.memory, self.lenders, self.budget = node, runner, memory, lenders, budget
@@ -89,7 +90,7 @@ class Engine:
         self._again: tuple[Grow, ...] = ()  # what nodes of a failed pass may not have heard
         self._asking = False
         self._ask_again = 0.0
-        self._denied = False
+        self._denied, self._starved = False, 0  # wishes refused in a row while nothing ran
         self._stopping = self._handing_over = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -125,7 +126,7 @@ class Engine:
     def turn(self) -> bool:
         """One turn of the loop; returns whether anything was computed."""
         with self.memory.lock, self.lenders.lock:  # nothing is lent or given back between a decision and its books
-            for sequence in self.moves.repay(self.running):
+            for sequence in self.moves.repay(self.running) if not self._again else ():
                 self._preempt(sequence)
             step = self.decide()
             self.commit(step)
@@ -163,8 +164,11 @@ class Engine:
         waiting = self.waiting[:MOST_ADMITTED]
         matches = {sequence.id: self.names.match(sequence) for sequence in waiting}
         room = self.moves.beside({self.node: self.memory.blocks.room, **self.lenders.room()})
-        patient = not self._denied
-        return schedule(self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient)
+        patient, own = not self._denied, self.memory.blocks.count
+        saved = {name for name, lender in self.lenders.accounts.items() if lender.saved}
+        return schedule(
+            self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient, own=own, saved=saved
+        )
 
     def commit(self, step: Step) -> None:
         """The only place where a decision changes sequences and books. The caller still holds the locks."""
@@ -250,10 +254,12 @@ class Engine:
 
     def _hear(self, message: Message) -> None:
         match message:
-            case Submit(request, shared):
+            case Submit(request, shared, copy):
                 sequence = Sequence(request, [*request.prompt, *request.already])
                 for span in shared:
                     sequence.have(span)
+                    if copy:
+                        self.moves.bring(sequence, span)
                 self.sequences[request.id] = sequence
                 self.names.begin(sequence)
                 at = next((i for i, s in enumerate(self.waiting) if s.request.arrival > request.arrival), None)
@@ -265,10 +271,13 @@ class Engine:
                 if id in self.sequences:
                     self._finish(self.sequences[id], "cancelled")
             case Borrowed(answer, never):
-                self._asking = False
-                self._denied = isinstance(answer, Refused)
+                self._asking, self._denied = False, isinstance(answer, Refused)
                 self.moves.hear_lent(self._denied)
                 self._ask_again = time.monotonic() + RETRY_SECONDS
+                self._starved = self._starved + 1 if self._denied and not self.running else 0
+                for sequence in self.waiting if self._starved > MOST_REFUSED else ():
+                    self._release(sequence.id)  # what it keeps at other nodes may be all that others wait for
+                    sequence.let_go()
                 if isinstance(answer, Refused) and (first := self.sequences.get(never)) in self.waiting:
                     assert first is not None
                     self._finish(first, "error")
@@ -283,21 +292,18 @@ class Engine:
                 self._stopping = True
 
     def _wish(self, step: Step) -> None:
-        """Ask for room for what lenders want back, or for what the step was short of, and a little more for what grows."""
-        if not (step.short or self.moves.homeless):
-            self._denied = False
-            return
-        if self._asking or time.monotonic() < self._ask_again:
+        """Ask for room for what lenders want back, else for what the step was short of, and more for what grows."""
+        short = bool(step.short or self.moves.homeless)
+        self._denied = self._denied and short
+        if not short or self._asking or time.monotonic() < self._ask_again:
             return
         self._asking = True
         if self.moves.ask():
-            self.borrow(1, self.moves.homeless, None)
+            self.borrow(1, self.moves.homeless, self.moves.homeless, None)
             return
-        size = self.budget.block_size
-        growing = [*self.running, *self.waiting[:1]]
-        coming = sum(-(-(s.request.longest - s.length) // size) for s in growing)
         alone = self.waiting[0].request if self.waiting and not self.running else None
-        self.borrow(step.short, step.short + min(coming, 64), alone)
+        blocks, size, more = self.memory.blocks, self.budget.block_size, self.lenders.borrowed - self.memory.blocks.lent
+        self.borrow(*shortage(step, self.running, self.waiting, size, blocks.count, more), alone)
 
     # --- ends ----------------------------------------------------------------------------------------------------
 
@@ -377,7 +383,7 @@ class Engine:
 
     def _tell_load(self, step: Step) -> None:
         size = self.budget.block_size
-        wanted = sum(need(s, size) for s in self.waiting)
+        wanted = sum(need(s, size, 0) for s in self.waiting)
         layouts = {s.id: filled(s.layout, s.length) for s in self.running}
         missing = sum(total(s.holes) for s in (*self.running, *self.waiting))
         self.load = Load(

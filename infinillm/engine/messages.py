@@ -30,10 +30,11 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`shared`: blocks that other nodes keep for it already."""
+    """`shared`: blocks that other nodes keep for it already, worth a `copy` here or not."""
 
     request: Request
     shared: Layout = ()
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ a lender did not hear is mended when the conversation opens again.
 A lender may want blocks back. Nothing new goes to it then, and what lies there comes home as far as there is room.
 Where there is none, blocks of home go to other lenders, so that there is; the room at both ends is kept for that. Where
 no lender has any either, the engine asks others for some; when it is refused, the youngest sequence that lies there
-gives way. A block that is not full cannot move: it waits until it is, and the lender's patience is the end.
+gives way. Blocks that wait for tokens to come are let go of; the one being written to moves once it is full. The
+lender's patience is the end.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from collections.abc import Mapping, Sequence
 
 from infinillm.core.blocks import OWN
 from infinillm.core.layout import moved
-from infinillm.core.moves import Wish, choose, pick
+from infinillm.core.moves import Wish, ahead, choose, pick
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Sequence as Running
-from infinillm.core.types import Move, NodeId, SeqId, Stretch
+from infinillm.core.types import Move, NodeId, SeqId, Span, Stretch
 from infinillm.engine.names import Names
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
@@ -63,12 +64,23 @@ class Moves:
         for stretch in pick(sequence, said.source, said.blocks, self.memory.blocks.block_size):
             self.wish(Move(said.seq, said.source, said.target, stretch.first, stretch.blocks), said.reason)
 
+    def bring(self, sequence: Running, span: Span) -> None:
+        """Wish home what another node keeps for a sequence; it stays in the cache there."""
+        blocks = (span.stop - span.start) // self.memory.blocks.block_size
+        self.wish(Move(sequence.id, span.node, self.home, span.start, blocks), "used often")
+
     def repay(self, running: Sequence[Running]) -> list[Running]:
         """Wish home what lenders want back, or room for it; returns who gives way. The caller holds the locks."""
         give_way: list[Running] = []
         self.homeless, size = 0, self.memory.blocks.block_size
         for node, owed in self.lenders.owed().items():
             there = [s for s in reversed(running) if any(span.node == node for span in s.layout)]
+            for s in there:
+                s.layout, empty = ahead(s, node, size)
+                for stretch in empty:
+                    self.lenders.leave(node, stretch)
+                    self.done = (*self.done, Move(s.id, node, self.home, stretch.first, stretch.blocks))
+                    owed = max(0, owed - stretch.blocks)
             found = [stretch for s in there for stretch in pick(s, node, owed, size)]
             owed = min(owed, sum(stretch.blocks for stretch in found))
             if not owed or any(wish.move.source == node for wish in self.wishes):
@@ -87,7 +99,7 @@ class Moves:
                     give_way += there[:1]
                 else:
                     self.homeless += owed
-        self._refused &= not give_way
+        self._refused = False
         return list(dict.fromkeys(give_way))
 
     def _send(self, found: Sequence[Stretch], source: NodeId, target: NodeId, blocks: int, reason: str) -> None:

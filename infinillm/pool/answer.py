@@ -81,14 +81,15 @@ class PoolService:
             if loan is not None and loan.id in self.recalls:
                 return pb.LendResponse(refused=f"{node} wants blocks back from {borrower}")
             name = f"{node}>{borrower}#{secrets.token_hex(6)}"
-            result = self.memory.blocks.lend(borrower, request.blocks, now + self.loan_seconds, name)
+            blocks = min(request.blocks, max(self.memory.blocks.offer, request.least or request.blocks))
+            result = self.memory.blocks.lend(borrower, blocks, now + self.loan_seconds, name)
             if not isinstance(result, Refused):
                 self.incarnations[borrower] = incarnation
         if isinstance(result, Refused):
             log("refused", borrower=borrower, blocks=request.blocks, reason=result.reason)
             self.metrics.add("loan_operations_total", operation="refuse")
             return pb.LendResponse(refused=result.reason)
-        log("lent", loan=result.id, borrower=borrower, blocks=request.blocks, total=result.blocks)
+        log("lent", loan=result.id, borrower=borrower, blocks=blocks, total=result.blocks)
         self.metrics.add("loan_operations_total", operation="lend")
         return pb.LendResponse(loan=wire.loan_to_wire(result, now))
 

@@ -23,7 +23,7 @@ from infinillm import rpc, wire
 from infinillm.core.layout import stretches
 from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import InfinillmError, NodeLost, Unavailable
-from infinillm.pool.lender import Lender
+from infinillm.pool.lender import Candidates, Lender
 from infinillm.pool.memory import Memory
 from infinillm.pool.talk import POOL, REOPEN_SECONDS, Conversation
 from infinillm.protos import pool_pb2 as pb
@@ -50,6 +50,7 @@ class Lenders:
         self.node, self.incarnation, self.memory = node, incarnation, memory
         self.lanes, self.port_kind, self.metrics = lanes, port_kind, metrics
         self.accounts: dict[NodeId, Lender] = {}
+        self.saved_until = 0.0  # what is saved up is not idle before that
         self.doubted: dict[NodeId, float] = {}  # who answered nonsense, and until when nobody asks it
         self.lock = threading.RLock()
         self._dealing = asyncio.Lock()  # one borrowing or returning at a time: both speak of whole loans
@@ -224,31 +225,30 @@ class Lenders:
 
     # --- borrowing, called from the event loop -------------------------------------------------------------------
 
-    async def borrow(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
-        """Reserve `least` to `wanted` blocks of the candidates, as ranked: all or nothing, so nobody holds half."""
+    async def borrow(self, least: int, wanted: int, candidates: Candidates, *, save: bool) -> int | Refused:
+        """Reserve `least` to `wanted` blocks, as ranked, all or nothing; to `save`, of each so many as it has."""
         async with self._dealing:
-            return await self._reserve(least, wanted, candidates)
+            return await self._reserve(least, wanted, candidates, save)
 
-    async def _reserve(self, least: int, wanted: int, candidates: Sequence[tuple[NodeId, str, int]]) -> int | Refused:
+    async def _reserve(self, least: int, wanted: int, candidates: Candidates, save: bool) -> int | Refused:
         got: list[tuple[NodeId, str, LoanId, int]] = []
         reasons: list[str] = []
         total = 0
         for node, address, offered in candidates:
-            if total >= wanted:
-                break
             if self.doubted.get(node, 0.0) > time.monotonic():
                 reasons.append(f"{node} answered nonsense a while ago")
                 continue
-            asked = min(wanted - total, offered)
+            if (asked := min(wanted - total, offered)) < 1:
+                break
             try:
-                answer = await self._lend(node, address, asked)
+                answer = await self._lend(node, address, asked, 1 if save else 0)
             except InfinillmError as error:
                 answer = Refused(f"{node}: {error.message}")
             if isinstance(answer, Refused):
                 reasons.append(answer.reason)
                 continue
-            got.append((node, address, answer, asked))
-            total += asked
+            got.append((node, address, *answer))
+            total += answer[1]
         if total < least:
             for _, address, loan, asked in got:
                 await self._return(address, loan, asked)
@@ -256,6 +256,7 @@ class Lenders:
         for node, address, loan, asked in got:
             try:
                 await self._enter(node, address, loan, asked)
+                self.accounts[node].saved = save
             except InfinillmError as error:
                 total -= asked
                 reasons.append(f"{node}: {error.message}")
@@ -289,10 +290,10 @@ class Lenders:
         """
         async with self._dealing:
             if node not in self.accounts:
-                loan = await self._lend(node, address, 0)
-                if isinstance(loan, Refused):
-                    raise Unavailable(loan.reason)
-                await self._enter(node, address, loan, 0)
+                lent = await self._lend(node, address, 0, 0)
+                if isinstance(lent, Refused):
+                    raise Unavailable(lent.reason)
+                await self._enter(node, address, *lent)
         with self.lock:
             lender = self.accounts.get(node)
             talk = lender.conversation if lender is not None else None
@@ -313,7 +314,7 @@ class Lenders:
                 spare: list[tuple[Lender, int]] = []
                 for lender in list(self.accounts.values()):
                     left, rests = lender.spare - sum(lender.leaving.values()), True
-                    if now - lender.idle_since < idle_seconds:
+                    if now < max(lender.idle_since + idle_seconds, self.saved_until if lender.saved else 0.0):
                         left, rests = min(left, lender.recalled), lender.ending or 0 < lender.blocks <= lender.recalled
                     if left == lender.blocks and rests and not lender.held:
                         idle.append(self.accounts.pop(lender.node))
@@ -357,17 +358,19 @@ class Lenders:
 
     # --- the wire ------------------------------------------------------------------------------------------------
 
-    async def _lend(self, node: NodeId, address: str, blocks: int) -> LoanId | Refused:
+    async def _lend(self, node: NodeId, address: str, blocks: int, least: int) -> tuple[LoanId, int] | Refused:
         known = self.accounts.get(node)
         request = pb.LendRequest(
             borrower=self.node,
             borrower_incarnation=self.incarnation,
             blocks=blocks,
             loan=known.loan if known is not None else "",
+            least=least,
         )
         async with rpc.channel(address) as channel:
             reply = await rpc.Client(channel, POOL).Lend(request, timeout=RPC_SECONDS)
-        return str(reply.loan.id) if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
+        more = reply.loan.blocks - (known.blocks if known is not None else 0)
+        return (str(reply.loan.id), more) if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
 
     async def _return(self, address: str, loan: LoanId, blocks: int) -> None:
         try:

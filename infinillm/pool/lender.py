@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from infinillm.core.types import LoanId, NodeId, SeqId
 from infinillm.pool.talk import Conversation
+
+Candidates: TypeAlias = Sequence[tuple[NodeId, str, int]]  # who may lend, its address, and how many blocks
 
 
 @dataclass(slots=True)
@@ -25,6 +29,7 @@ class Lender:
     ending: bool = False  # it wants everything back
     unsaid: set[SeqId] = field(default_factory=set)  # released while there was no conversation to say it in
     idle_since: float = 0.0
+    saved: bool = False  # for sequences that outgrow home only
 
     @property
     def room(self) -> int:

@@ -38,7 +38,7 @@ from infinillm.core.cost import Cost, Costs
 from infinillm.core.ledger import Event, Joined, Left, Lent, Report, Returned
 from infinillm.core.names import Landmarks
 from infinillm.core.policy.near import near
-from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.orders import NOBODY, MoveBlocks
 from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
 from infinillm.errors import BadRequest, Broken, NotFound, Stale, StandsBy, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -85,7 +85,7 @@ class Controller:
         self.ledger = Ledger(epoch)
         self.model: Model | None = None  # of the nodes in the ledger; the first to join says
         self.heard: dict[NodeId, float] = {}
-        self.landmarks = Landmarks()
+        self.landmarks, self.turn = Landmarks(), NOBODY
         self.promised: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks) of requests routed
         self.started = self.ticked = self.clock()
         self.restarted = False
@@ -226,15 +226,20 @@ class Controller:
         if request.blocks < 1:
             raise BadRequest("blocks must be at least 1", field="blocks")
         self._check_current(request.node, request.incarnation)
-        offers = self.policy.creditors(self.ledger, request.node, request.blocks, frozenset(request.exclude))
-        known = request.node in self.ledger.nodes and not self.settling
-        reach = self.policy.reach(self.ledger, request.node, self._block_size()) if known else 0
+        node, exclude, outgrown = request.node, frozenset(request.exclude), request.outgrown
+        offers = self.policy.creditors(self.ledger, node, request.blocks, exclude, outgrown)
+        if outgrown and self.policy.saves:
+            self.turn = self.turn.after(node, self.clock())
+        answer = pb.CreditorsResponse(epoch=self.epoch, may_save=outgrown and self.turn.node == node)
+        if node in self.ledger.nodes and not self.settling:
+            answer.max_tokens = self.policy.reach(self.ledger, node, self._block_size())
         if isinstance(offers, Refused):
-            log("creditors_refused", node=request.node, blocks=request.blocks, reason=offers.reason)
-            return pb.CreditorsResponse(refused=offers.reason, max_tokens=reach, epoch=self.epoch)
-        log("creditors_named", node=request.node, blocks=request.blocks, offers=dict(offers))
-        named = (pb.Creditor(node=n, address=self.ledger.nodes[n].address, blocks=blocks) for n, blocks in offers)
-        return pb.CreditorsResponse(creditors=named, max_tokens=reach, epoch=self.epoch)
+            log("creditors_refused", node=node, blocks=request.blocks, reason=offers.reason)
+            answer.refused = offers.reason
+            return answer
+        log("creditors_named", node=node, blocks=request.blocks, offers=dict(offers))
+        answer.creditors.extend(pb.Creditor(node=n, address=self.ledger.nodes[n].address, blocks=b) for n, b in offers)
+        return answer
 
     async def Route(self, request: pb.RouteRequest, call: Any) -> pb.RouteResponse:
         self._check_leads(request.epoch)

@@ -59,6 +59,7 @@ class Membership:
         self.epoch = 0
         self.heartbeat_seconds = NO_HEARTBEAT
         self.max_tokens = 0  # of the longest sequence this node could come to hold, by the last answer; 0: not known
+        self.may_save = False  # by that answer: keep less than is needed, until there is enough
         self.others = 0  # nodes besides this one that take requests
         self._speaking = asyncio.Lock()
         self._over = asyncio.Event()
@@ -86,16 +87,20 @@ class Membership:
                 wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
             await self._pause(wait)
 
-    async def creditors(self, blocks: int, exclude: Collection[NodeId]) -> list[tuple[NodeId, str, int]] | Refused:
-        """Who else could lend: (node, address, blocks), best first."""
-        self.max_tokens = 0
+    async def creditors(
+        self, blocks: int, exclude: Collection[NodeId], outgrown: bool
+    ) -> list[tuple[NodeId, str, int]] | Refused:
+        """Who else could lend: (node, address, blocks), best first. `outgrown`: for more than this node can hold."""
+        self.max_tokens, self.may_save = 0, False
         node = self.report().node
-        request = pb.CreditorsRequest(node=node.id, incarnation=node.incarnation, blocks=blocks, exclude=exclude)
+        request = pb.CreditorsRequest(
+            node=node.id, incarnation=node.incarnation, blocks=blocks, exclude=exclude, outgrown=outgrown
+        )
         try:
             answer = await self.controllers.ask("Creditors", request, timeout=ANSWER_SECONDS)
         except InfinillmError as error:
             return Refused(error.message)
-        self.max_tokens = answer.max_tokens
+        self.max_tokens, self.may_save = answer.max_tokens, answer.may_save
         if answer.refused:
             return Refused(answer.refused)
         return [(each.node, each.address, each.blocks) for each in answer.creditors]

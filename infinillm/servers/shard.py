@@ -23,7 +23,7 @@ SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
 class ShardService:
     """Tokens in, tokens out: the gRPC face of an engine.
 
-    `find` says what other nodes keep of a request already, asking those that are named.
+    `find` says what other nodes keep of a request already, asking those that are named, and whether a copy pays.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ShardService:
         vocabulary: int,
         block_size: int,
         max_waiting: int,
-        find: Callable[[Request, Sequence[tuple[NodeId, str]]], Awaitable[Layout]],
+        find: Callable[[Request, Sequence[tuple[NodeId, str]]], Awaitable[tuple[Layout, bool]]],
     ):
         self.engine, self.loop, self.vocabulary, self.block_size = engine, loop, vocabulary, block_size
         self.max_waiting, self.find = max_waiting, find
@@ -91,8 +91,8 @@ class ShardService:
         self.streams[request.id] = stream
         reason = ""
         try:
-            shared = await self.find(wanted, [(each.node, each.address) for each in request.holders])
-            self.engine.inbox.put(Submit(wanted, shared))
+            shared, copy = await self.find(wanted, [(each.node, each.address) for each in request.holders])
+            self.engine.inbox.put(Submit(wanted, shared, copy))
             while not reason:
                 output = await stream.get()
                 if output.error is not None:

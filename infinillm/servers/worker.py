@@ -17,7 +17,7 @@ import torch
 from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
-from infinillm.core.names import prefix_hashes
+from infinillm.core.names import Uses, prefix_hashes
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
@@ -45,6 +45,7 @@ IDLE_LOAN_SECONDS = 2.0
 LOOK_SECONDS = 0.05
 # Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
 RECALL_AFTER_SECONDS = 30.0
+KEPT_USES = 4096
 FINISHING = 0.75  # share of a drain in which requests may end by themselves; then they are handed over
 LEAST_RETURN_SECONDS = 1.0  # to give loans back, however late it is
 
@@ -59,6 +60,7 @@ class Worker:
         self.id = settings.id or f"{platform.node()}-{word}"
         self.address = ""
         self.draining = False
+        self.uses = Uses(KEPT_USES)
         self.starving: tuple[SeqId, float] | None = None  # a request that waits alone, and since when
 
     async def start(self) -> None:
@@ -141,8 +143,8 @@ class Worker:
         port = await self.server.start()
         self.address = self.lanes.address = settings.advertise or f"{settings.host}:{port}"
         self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
-        cost = config.cost(settings.profile)
-        self.membership = Membership(settings.controller, self.report, model, cost, self._obey)
+        self.cost = config.cost(settings.profile)
+        self.membership = Membership(settings.controller, self.report, model, self.cost, self._obey)
         self.tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._tidy())]
         if settings.controller:
             self.tasks.append(asyncio.create_task(self.membership.run()))
@@ -226,35 +228,45 @@ class Worker:
 
     # --- sharing -------------------------------------------------------------------------------------------------
 
-    async def _find(self, request: Request, holders: Sequence[tuple[NodeId, str]]) -> Layout:
-        """What others keep of a request from now on, so that it need not be computed here."""
+    async def _find(self, request: Request, holders: Sequence[tuple[NodeId, str]]) -> tuple[Layout, bool]:
+        """What others keep of a request from now on, so that it need not be computed here; whether a copy of it pays."""
         size = self.memory.blocks.block_size
         tokens = (*request.prompt, *request.already)
         if not holders or request.sampling.prompt_logprobs is not None:
-            return ()
+            return (), False
         names = prefix_hashes(tokens, size, request.cache_salt)[: (len(tokens) - 1) // size]
         with self.memory.lock:
             here = self.memory.blocks.leading(names)
         finding = asyncio.create_task(find(self.lenders, request.id, names, here, holders))
-        return await kept_or_released(self.lenders, request.id, finding)
+        layout = await kept_or_released(self.lenders, request.id, finding)
+        if not layout or self.cost is None:
+            return layout, False
+        uses, there = self.uses.count(names[layout[-1].stop // size - 1]), sum(x.stop - x.start for x in layout)
+        steps = uses * (request.sampling.max_tokens - len(request.already))
+        return layout, self.cost.copying_pays(there, len(tokens) - there, steps)
 
     # --- borrowing -----------------------------------------------------------------------------------------------
 
-    def _borrow(self, least: int, wanted: int, alone: Request | None) -> None:
+    def _borrow(self, least: int, wanted: int, beyond: int | None, alone: Request | None) -> None:
         """From the engine's thread: ask in the event loop, answer into the engine's inbox."""
-        asyncio.run_coroutine_threadsafe(self._ask(least, wanted, alone), self.loop)
+        asyncio.run_coroutine_threadsafe(self._ask(least, wanted, beyond, alone), self.loop)
 
-    async def _ask(self, least: int, wanted: int, alone: Request | None) -> None:
+    async def _ask(self, least: int, wanted: int, beyond: int | None, alone: Request | None) -> None:
         assert self.engine is not None
         answer: int | Refused = Refused("no controller was named, so there is nobody to borrow from")
         never = alone is not None and not self.settings.controller
         try:
             if self.settings.controller:
-                candidates = await self.membership.creditors(wanted, self.lenders.recalling)
-                if isinstance(candidates, Refused):
+                candidates = await self.membership.creditors(wanted, self.lenders.recalling, beyond is not None)
+                if save := self.membership.may_save and beyond is not None:
+                    least, wanted = 1, beyond
+                    self.lenders.saved_until = time.monotonic() + IDLE_LOAN_SECONDS
+                if save and wanted < 1:
+                    answer = Refused("what is lent is enough once home is free")
+                elif isinstance(candidates, Refused):
                     answer = candidates
                 else:
-                    answer = await self.lenders.borrow(least, wanted, candidates)
+                    answer = await self.lenders.borrow(least, wanted, candidates, save=save)
                 if isinstance(answer, Refused) and alone is not None:
                     never = alone.longest > await self.membership.capacity()
         except InfinillmError as error:
@@ -282,7 +294,9 @@ class Worker:
             return
         async with self.obeying:
             if order.target != self.id:
-                answer = await self.lenders.borrow(order.blocks, order.blocks, [(order.target, address, order.blocks)])
+                answer = await self.lenders.borrow(
+                    order.blocks, order.blocks, [(order.target, address, order.blocks)], save=False
+                )
                 if isinstance(answer, Refused):
                     log("borrow_refused", blocks=order.blocks, reason=answer.reason)
                     return

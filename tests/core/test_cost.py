@@ -116,6 +116,13 @@ def test_moving_pays_where_many_steps_are_left() -> None:
     assert LLAMA_H100.move(32_000) == pytest.approx(32_000 * 131_072 / NVLINK4_NCCL.bandwidth, rel=0.01)
 
 
+def test_a_copy_of_a_prefix_pays_where_it_is_used_for_long_and_not_where_two_nodes_read_faster() -> None:
+    steps = next(n for n in range(1, 1000) if LLAMA_H100.copying_pays(4000, 100, n))
+    assert 1 < steps < 10
+    assert not LLAMA_H100.copying_pays(4000, 100, 0)
+    assert not LLAMA_H100.copying_pays(1_000_000, 1_000_000, 1_000_000)
+
+
 def test_the_longest_remote_answer_decides_a_step() -> None:
     one, two = LLAMA_H100.answer(8, 50_000), LLAMA_H100.answer(8, 100_000)
     assert LLAMA_H100.decode_step(8, 1000, [one, two]) - LLAMA_H100.decode_step(8, 1000, [two]) == pytest.approx(

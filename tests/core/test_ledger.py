@@ -111,7 +111,7 @@ class Cluster(RuleBasedStateMachine):
     )
     def borrow(self, name: str, blocks: int, policy: str) -> None:
         """As the ledger advises, though it may be wrong by now: the lender decides, and the sequence grows there."""
-        offers = POLICIES[policy].creditors(self.ledger, name, blocks, ())
+        offers = POLICIES[policy].creditors(self.ledger, name, blocks, (), False)
         if isinstance(offers, Refused):
             return
         for lender, offered in offers:

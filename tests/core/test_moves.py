@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from infinillm.core.blocks import Blocks
 from infinillm.core.layout import grown, moved, plan, stretches
-from infinillm.core.moves import Chosen, Wish, choose, pick, place
+from infinillm.core.moves import Chosen, Wish, ahead, choose, pick, place
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.types import Chunk, Grow, Layout, Move, Part, Span, Step, Stretch
 
@@ -47,6 +47,16 @@ def test_a_plan_says_who_gives_takes_and_leaves():
     assert plans["home"].give == plans["b"].take
     assert plans["home"].parts == (Part("s", 8, 9, 8, 9, 3),)  # what it gives it still answers for
     assert plans["c"].leave == (Stretch("t", 4, 2),) and not plans["c"].give
+
+
+def test_what_is_reserved_for_tokens_to_come_is_told_apart():
+    s = sequence((Span("home", 0, 8), Span("b", 8, 20), Span("home", 20, 24), Span("b", 24, 32)), 13)
+    assert ahead(s, "b", SIZE) == (
+        (Span("home", 0, 8), Span("b", 8, 16), Span("home", 20, 24)),
+        [Stretch("s", 16, 1), Stretch("s", 24, 2)],
+    )
+    assert ahead(s, "c", SIZE) == (s.layout, [])
+    assert ahead(sequence(s.layout, 31), "b", SIZE) == (s.layout, [])
 
 
 def test_a_wish_to_a_full_home_waits_for_those_that_leave_it():

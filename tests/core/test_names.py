@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infinillm.core.names import MARK_EVERY, MOST_HOLDERS, Landmarks, marks, prefix_hashes
+from infinillm.core.names import MARK_EVERY, MOST_HOLDERS, Landmarks, Uses, marks, prefix_hashes
 
 
 def test_names_depend_on_everything_before_them_and_on_the_salt():
@@ -37,3 +37,8 @@ def test_whoever_told_of_most_landmarks_is_asked_first():
     for i in range(2 * MOST_HOLDERS):
         known.tell(f"n{i}", [5], [])
     assert len(known.holders([5])) == MOST_HOLDERS
+
+
+def test_uses_are_counted_of_the_latest():
+    uses = Uses(2)
+    assert [uses.count(name) for name in (b"a", b"b", b"a", b"c", b"a", b"b")] == [1, 1, 2, 1, 3, 1]

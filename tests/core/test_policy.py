@@ -81,8 +81,8 @@ def test_route_takes_what_capacity_promises_and_no_more(
 @given(ledgers(), st.integers(1, 500))
 def test_creditors_are_others_alive_and_within_their_caps(books: Ledger, blocks: int) -> None:
     for asker in (*books.nodes, "stranger"):
-        assert isinstance(ISOLATED.creditors(books, asker, blocks, ()), Refused)
-        offers = POOLED.creditors(books, asker, blocks, ())
+        assert isinstance(ISOLATED.creditors(books, asker, blocks, (), False), Refused)
+        offers = POOLED.creditors(books, asker, blocks, (), False)
         offering = {
             n.id: min(n.lendable - n.lent, n.free - n.running)
             for n in books.nodes.values()
@@ -131,9 +131,10 @@ def test_refusals_say_what_was_needed_and_what_there_is() -> None:
     )
     assert POOLED.route(three, 10, 20, 16, ("a", "b", "c")) == Refused("no worker is ready to serve besides a, b, c")
     assert POOLED.route(ledger(), 10, 20, 16, ()) == Refused("no worker is ready to serve")
-    assert ISOLATED.creditors(three, "a", 160, ()) == Refused("a needs 160 more blocks; policy isolated lends none")
+    refused = Refused("a needs 160 more blocks; policy isolated lends none")
+    assert ISOLATED.creditors(three, "a", 160, (), False) == refused
     full = ledger(node("a", used=160), node("b", used=160), node("c", used=100, draining=True))
-    assert POOLED.creditors(full, "a", 1, ()) == Refused(
+    assert POOLED.creditors(full, "a", 1, (), False) == Refused(
         "a needs 1 more block; 1 other worker may lend 144 in all, and none of them is free now"
     )
 
@@ -164,14 +165,14 @@ def test_lenders_keep_their_own_running_and_borrowers_are_asked_last() -> None:
         node("d", used=60),
         loans=(Loan("d>c", "d", "c", 20, 1.0),),
     )
-    assert POOLED.creditors(books, "a", 200, ()) == [("b", 144), ("d", 80), ("c", 144)]
-    assert POOLED.creditors(books, "a", 70, ()) == [("b", 144)]
-    assert POOLED.creditors(books, "a", 200, ("b", "c")) == [("d", 80)]
-    assert POOLED.creditors(books, "c", 1, ()) == [("d", 80)], "who lends to it already comes first"
-    assert POOLED.creditors(books, "a", 1, ("b", "c", "d")) == Refused(
+    assert POOLED.creditors(books, "a", 200, (), False) == [("b", 144), ("d", 80), ("c", 144)]
+    assert POOLED.creditors(books, "a", 70, (), False) == [("b", 144)]
+    assert POOLED.creditors(books, "a", 200, ("b", "c"), False) == [("d", 80)]
+    assert POOLED.creditors(books, "c", 1, (), False) == [("d", 80)], "who lends to it already comes first"
+    assert POOLED.creditors(books, "a", 1, ("b", "c", "d"), False) == Refused(
         "a needs 1 more block; 0 other workers may lend 0 in all, and none of them is free now"
     )
-    assert POOLED.creditors(ledger(node("a"), node("b", used=150, running=10)), "a", 5, ()) != [("b", 0)]
+    assert POOLED.creditors(ledger(node("a"), node("b", used=150, running=10)), "a", 5, (), False) != [("b", 0)]
 
 
 def test_only_proactive_orders_what_nobody_asked_for() -> None:

@@ -29,8 +29,9 @@ def running(
     return s
 
 
-def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, patient=True):
-    return schedule(1, list(run), list(wait), room or {"home": 100}, budget, matches=matches or {}, patient=patient)
+def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, patient=True, own=100, saved=()):
+    rest = {"matches": matches or {}, "patient": patient, "own": own, "saved": saved}
+    return schedule(1, list(run), list(wait), room or {"home": 100}, budget, **rest)
 
 
 def test_a_prompt_is_admitted_whole_and_computed_in_chunks():
@@ -116,7 +117,7 @@ def test_any_run_stays_within_room_and_budget_and_everyone_finishes(data):
     for number in range(2000):
         if not waiting and not run:
             break
-        step = schedule(number, run, waiting, left, BUDGET, matches={}, patient=False)
+        step = schedule(number, run, waiting, left, BUDGET, matches={}, patient=False, own=1000, saved=())
         assert sum(c.stop - c.start for c in step.chunks) <= BUDGET.tokens
         assert len({c.seq for c in step.chunks}) == len(step.chunks)
         assert not {c.seq for c in step.chunks} & set(step.preempt)

@@ -54,8 +54,8 @@ def told(orders: list[MoveBlocks]) -> list[tuple[str, str, int]]:
 
 def test_devices_lend_first_even_where_host_memory_lends_already() -> None:
     books = spilled(node("a", used=100, running=1), 160, node("b"), node("c", used=50))
-    assert POOLED.creditors(books, "a", 60, ()) == [("b", 90), ("c", 50)]
-    assert POOLED.creditors(books, "a", 100, ()) == [("b", 90), ("c", 50), ("h", 990)]
+    assert POOLED.creditors(books, "a", 60, (), False) == [("b", 90), ("c", 50)]
+    assert POOLED.creditors(books, "a", 100, (), False) == [("b", 90), ("c", 50), ("h", 990)]
     assert POOLED.reach(books, "a", SIZE) == (100 + 90 + 90 + 1000) * SIZE, "it counts: a request may spill there"
 
 

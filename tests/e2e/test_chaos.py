@@ -11,8 +11,8 @@ from tests.e2e.chaos import Case, Result
 from tests.e2e.client import Ending
 from tests.e2e.faults import KINDS, SHORTEST, Fault, schedule
 
-SEED, REQUESTS = 5, 120
-FEW = 0.05  # of all requests may fail, each with a reason
+SEED, REQUESTS, MINUTES = 59, 40, 0.25  # whose first quarter of a minute has a bit of everything
+FEW = 0.1  # of all requests may fail, each with a reason
 
 
 def test_a_schedule_is_a_function_of_its_seed_and_draws_everything() -> None:
@@ -48,8 +48,9 @@ def test_the_audit_sees() -> None:
 
 
 def test_a_short_seed(tmp_path: Path) -> None:
-    result = chaos.run(tmp_path, SEED, REQUESTS, 0.0, print)
+    result = chaos.run(tmp_path, SEED, REQUESTS, MINUTES, print)
     assert not result.trouble(), result.trouble()
     assert len(result.cases) >= REQUESTS and result.verdicts["exact"] >= REQUESTS // 2
-    assert len(result.failed) <= FEW * REQUESTS, Counter(case.reason for case in result.failed)
-    assert result.events["request_resubmitted"] and len(result.faults) >= 3
+    assert len(result.failed) <= FEW * len(result.cases), Counter(case.reason for case in result.failed)
+    assert {fault.kind for fault in result.faults} >= {"kill", "cut", "kill controller"}
+    assert result.events["request_resubmitted"]

@@ -11,8 +11,8 @@ from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget
-from infinillm.core.types import AttentionShape, Refused
-from infinillm.engine.loop import Engine
+from infinillm.core.types import AttentionShape, Refused, Span
+from infinillm.engine.loop import MOST_REFUSED, Engine
 from infinillm.engine.messages import Borrowed, Cancel, Output, Submit
 from infinillm.errors import InfinillmError, Overloaded, Unavailable
 from infinillm.kernels import reference
@@ -44,7 +44,7 @@ class Bench:
 
     def __init__(self, blocks: int = 8, tokens: int = 16, sequences: int = 4):
         self.published: list[Output] = []
-        self.wishes: list[tuple[int, int, Request | None]] = []
+        self.wishes: list[tuple[int, int, int | None, Request | None]] = []
         metrics = Metrics("worker", node="a")
         memory = Memory(Blocks("a", blocks, 4, blocks), Store(SHAPE, blocks, torch.device("cpu"), reference))
         lenders = Lenders("a", "a-1", memory, lanes=None, port_kind="", metrics=metrics)  # type: ignore[arg-type]
@@ -153,8 +153,8 @@ def test_short_of_blocks_it_wishes_once_and_waits_for_the_answer():
     b = Bench(blocks=4)
     b.submit("s", [1] * 20)
     b.turn(3)
-    ((least, wanted, alone),) = b.wishes
-    assert (least, wanted, alone.id) == (1, 2, "s") and b.runner.computed == []
+    ((least, wanted, beyond, alone),) = b.wishes
+    assert (least, wanted, beyond, alone.id) == (1, 2, 2, "s") and b.runner.computed == []
     b.engine.inbox.put(Borrowed(Refused("nobody has any"), never="another"))
     b.turn()
     assert "s" in b.engine.sequences
@@ -254,3 +254,19 @@ def test_a_number_that_is_not_finite_ends_one_request_and_not_its_neighbour():
     with pytest.raises(InfinillmError, match="not finite"):
         b.of("bad")
     assert b.of("good") == ([6, 2, 4, 8], "length")
+
+
+def test_what_others_keep_for_a_request_that_waits_is_let_go_of_when_nobody_lends_for_long():
+    """Two nodes whose waiting requests keep each other's blocks would else wait for ever."""
+    b = Bench()
+    kept = Span("b", 0, 8)
+    sampling = Sampling(temperature=0.0, max_tokens=4)
+    b.engine.inbox.put(Submit(Request("s", tuple([1] * 60), sampling, 0.0), (kept,)))
+    b.turn()
+    sequence = b.engine.sequences["s"]
+    for refused in range(MOST_REFUSED + 1):
+        assert (sequence.layout, sequence.done) == ((kept,), ((0, 8),)), refused
+        b.engine.inbox.put(Borrowed(Refused("nobody has room")))
+        b.turn()
+    assert (sequence.layout, sequence.done) == ((), ())
+    assert b.engine.waiting == [sequence]

@@ -112,7 +112,7 @@ def test_where_home_is_full_another_lender_takes_them_and_nobody_gives_way():
     with Cluster(decoder("llama"), {"a": 10, "b": 20, "c": 20}) as cluster:
         listening(cluster).lend("b", 12)
         start(cluster, 4)
-        assert layout(cluster) == (Span("a", 0, 80), Span("b", 80, 160))
+        assert layout(cluster)[0] == Span("a", 0, 80)
         recall(cluster, 12)
         while lent(cluster):
             assert "s" in cluster.engine.sequences
@@ -137,6 +137,7 @@ def test_room_for_what_is_recalled_is_not_given_to_who_waits():
         recall(cluster, 12)
         cluster.submit(tiny.prompt(40, 2), id="t", arrival=1.0)  # there is room for it on c, and soon at home
         while lent(cluster):
+            assert "s" in cluster.engine.sequences
             cluster.turn()
             tidy(cluster)
             held = cluster.home.lenders.accounts["c"].held
@@ -172,7 +173,7 @@ def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(see
             outputs.setdefault(output.id, []).append(output)
         for id, (length, each) in lengths.items():
             agree(outputs[id], truth("llama", length, OUTPUT, each))
-        assert moved(cluster, "home") > 100
+        assert moved(cluster, "home") > 50
         for peer in cluster.peers.values():
             peer.service.recalls.clear()
         cluster.settle()
@@ -187,6 +188,7 @@ def test_a_recall_that_nobody_was_there_to_hear_is_said_again():
         cluster.home.lenders.reset(["b"])
         cluster.loop.call_soon_threadsafe(cluster.peers["b"].service.recall, 12)
         while lent(cluster):
+            assert "s" in cluster.engine.sequences
             cluster.turn()
             tidy(cluster)
         assert cluster.heard.is_set()  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from infinillm import rpc, wire
 from infinillm.core.cost import Cost
 from infinillm.core.ledger import Event, Report, check, rebuild
 from infinillm.core.policy import named
-from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.orders import TURN_SECONDS, MoveBlocks
 from infinillm.core.types import AttentionShape, Ledger, Loan, Model, Node, Refused, Span
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Stale, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -232,7 +232,7 @@ def test_a_member_waits_for_a_controller_that_is_not_there_yet() -> None:
     async def test(world: World, client: rpc.Client) -> None:
         await world.stop()
         a = Member(world, Report(node("a")))
-        answer = await a.membership.creditors(5, ())
+        answer = await a.membership.creditors(5, (), False)
         assert isinstance(answer, Refused)
         with pytest.raises(Unavailable):
             await a.membership.capacity()
@@ -357,8 +357,8 @@ def test_creditors_are_named_with_their_addresses() -> None:
         Member(world, Report(node("b", used=60)))
         Member(world, Report(node("m", 500, serves=False)))
         await world.settled()
-        assert await a.membership.creditors(400, ()) == [("m", "127.0.0.1:m", 450), ("b", "127.0.0.1:b", 40)]
-        assert await a.membership.creditors(400, ["m"]) == [("b", "127.0.0.1:b", 40)]
+        assert await a.membership.creditors(400, (), False) == [("m", "127.0.0.1:m", 450), ("b", "127.0.0.1:b", 40)]
+        assert await a.membership.creditors(400, ["m"], False) == [("b", "127.0.0.1:b", 40)]
         assert await a.membership.capacity() == (100 + 90 + 450) * 16
         with pytest.raises(BadRequest):
             await client.Creditors(creditors("a", 0), timeout=SOON)
@@ -366,12 +366,40 @@ def test_creditors_are_named_with_their_addresses() -> None:
     living(test)
 
 
+def test_one_node_saves_up_at_a_time_and_only_under_policy_proactive() -> None:
+    async def asks(client: rpc.Client, name: str, outgrown: bool = True) -> bool:
+        request = creditors(name, 5)
+        request.outgrown = outgrown
+        return bool((await client.Creditors(request, timeout=SOON)).may_save)
+
+    async def test(world: World, client: rpc.Client) -> None:
+        for name in ("a", "b"):
+            Member(world, Report(node(name, used=100)))
+        await world.settled()
+        assert not await asks(client, "a", outgrown=False)
+        assert await asks(client, "a")
+        assert not await asks(client, "b")
+        world.now += TURN_SECONDS
+        assert await asks(client, "b"), "a asks no more"
+        assert not await asks(client, "a")
+
+    async def never(world: World, client: rpc.Client) -> None:
+        Member(world, Report(node("a", used=100)))
+        await world.settled()
+        assert not await asks(client, "a")
+
+    living(test, "proactive")
+    living(never, "pooled")
+
+
 def test_isolated_names_no_creditors() -> None:
     async def test(world: World, client: rpc.Client) -> None:
         a = Member(world, Report(node("a", used=100)))
         Member(world, Report(node("b")))
         await world.settled()
-        assert await a.membership.creditors(4, ()) == Refused("a needs 4 more blocks; policy isolated lends none")
+        assert await a.membership.creditors(4, (), False) == Refused(
+            "a needs 4 more blocks; policy isolated lends none"
+        )
         assert await a.membership.capacity() == 1600
 
     living(test, "isolated")

@@ -211,7 +211,7 @@ def test_a_member_obeys_and_asks_nobody_of_a_smaller_epoch() -> None:
                 await member._speak()  # a heartbeat, to the other one
             with pytest.raises(Unavailable, match="speaks for epoch 5, which 6 ended"):
                 await member._speak()  # Join, to both
-            assert isinstance(await member.creditors(1, ()), Refused)
+            assert isinstance(await member.creditors(1, (), False), Refused)
             assert member.epoch == 6
         finally:
             await member.leave()

@@ -52,8 +52,8 @@ def ask(id: str, **more: Any) -> pb.ShardGenerateRequest:
     return pb.ShardGenerateRequest(id=id, prompt=[1], sampling=wire.sampling_to_wire(Sampling()), **more)
 
 
-async def nobody(request: Request, holders: Sequence[tuple[str, str]]) -> Layout:
-    return ()
+async def nobody(request: Request, holders: Sequence[tuple[str, str]]) -> tuple[Layout, bool]:
+    return (), False
 
 
 def shard_of(engine: Any) -> ShardService:
@@ -131,16 +131,17 @@ def test_what_others_have_of_a_request_is_asked_for_first() -> None:
         engine: Any = FakeEngine()
         asked: list[Any] = []
 
-        async def find(request: Request, holders: Sequence[tuple[str, str]]) -> Layout:
+        async def find(request: Request, holders: Sequence[tuple[str, str]]) -> tuple[Layout, bool]:
             asked.append((request.id, holders, engine.inbox.qsize()))
-            return (Span("b", 0, 4),)
+            return (Span("b", 0, 4),), True
 
         shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=find)
         task = asyncio.ensure_future(anext(shard.Generate(ask("s", holders=[{"node": "b", "address": "there"}]), None)))
         while not engine.inbox.qsize():
             await asyncio.sleep(0)
         assert asked == [("s", [("b", "there")], 0)]
-        assert engine.inbox.get().shared == (Span("b", 0, 4),)
+        heard = engine.inbox.get()
+        assert (heard.shared, heard.copy) == ((Span("b", 0, 4),), True)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert engine.inbox.get() == Cancel("s")

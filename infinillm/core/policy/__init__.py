@@ -18,23 +18,26 @@ class Policy:
     route      (ledger, prompt_tokens, longest_tokens, block_size, exclude): the node to serve a request
     reach      (ledger, node, block_size): tokens of the longest sequence a node could come to hold
     capacity   (ledger, block_size): tokens of the longest request, prompt and output, that the nodes of now can hold
-    creditors  (ledger, node, blocks, exclude): who can lend to a node short of blocks, and how many, best first
+    creditors  (ledger, node, blocks, exclude, outgrown): who can lend to a node short of blocks, and how many, best
+               first; `outgrown`: for a request that the node cannot hold alone
     plan       (ledger, costs, block_size): what to order without being asked
     shares     whether a request may use what another node has of it
+    saves      whether a node may keep less than an outgrown request needs, until it has enough
     """
 
     name: str
     route: Callable[[Ledger, int, int, int, Collection[NodeId]], NodeId | Refused]
     reach: Callable[[Ledger, NodeId, int], int]
     capacity: Callable[[Ledger, int], int]
-    creditors: Callable[[Ledger, NodeId, int, Collection[NodeId]], Offers | Refused]
+    creditors: Callable[[Ledger, NodeId, int, Collection[NodeId], bool], Offers | Refused]
     plan: Callable[[Ledger, Costs, int], tuple[Order, ...]]
     shares: bool
+    saves: bool
 
 
 POLICIES = {
-    each.NAME: Policy(each.NAME, each.route, each.reach, each.capacity, each.creditors, each.plan, each.SHARES)
-    for each in (isolated, pooled, proactive)
+    p.NAME: Policy(p.NAME, p.route, p.reach, p.capacity, p.creditors, p.plan, p.SHARES, p.SAVES)
+    for p in (isolated, pooled, proactive)
 }
 
 

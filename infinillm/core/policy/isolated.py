@@ -10,6 +10,7 @@ from infinillm.core.types import Ledger, NodeId, Refused
 
 NAME = "isolated"
 SHARES = False
+SAVES = False
 
 
 def route(
@@ -34,7 +35,9 @@ def capacity(ledger: Ledger, block_size: int) -> int:
     return max((node.blocks for node in serving(ledger)), default=0) * block_size
 
 
-def creditors(ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId]) -> Offers | Refused:
+def creditors(
+    ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool
+) -> Offers | Refused:
     return Refused(f"{node} needs {counted(blocks, 'more block')}; policy {NAME} lends none")
 
 

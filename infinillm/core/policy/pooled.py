@@ -27,6 +27,7 @@ from infinillm.core.types import Ledger, Node, NodeId, Refused
 
 NAME = "pooled"
 SHARES = True
+SAVES = False
 
 
 def route(
@@ -54,7 +55,9 @@ def capacity(ledger: Ledger, block_size: int) -> int:
     return max((_reach(node, lendable) for node in serving(ledger)), default=0) * block_size
 
 
-def creditors(ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId]) -> Offers | Refused:
+def creditors(
+    ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool
+) -> Offers | Refused:
     """As many as it takes to cover `blocks` twice: the ledger is half a second old, and some may refuse."""
     ranked = by_rank(ledger, node, exclude)
     if not ranked:

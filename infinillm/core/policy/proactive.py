@@ -4,7 +4,15 @@ Theory of operation. Tokens per second of a node are its batch over the seconds 
 not fit (a debtor) would have a larger batch with more room; moving blocks of its longest request to a node with room to
 spare (a creditor) makes some, and costs the creditor time, because it reads them in every step. `make_room` goes
 through the debtors, smallest batch first; for each it takes the creditor with most room (host memory last) and the
-number of blocks with the best joint gain, and again, until there is no gain. All else is as in policy pooled.
+number of blocks with the best joint gain, and again, until there is no gain. All else is as in policy pooled,
+but for what is lent on demand.
+
+A request that fits its home stays there, and waits or gives way there: each step with blocks on a node that computes
+itself would wait for that node. It borrows only from nodes that serve nothing now. One that no home can hold alone (an
+outgrown one) may take from all, but would starve where small requests take each block that comes free. So its home
+saves up: it keeps what it was lent until that is enough, and only outgrown requests use it. Two homes that hold half
+each would wait for ever: one saves at a time (`Turn`). And outgrown requests gather. Where there is no room for one
+now, it is sent to a home of others like it, and takes over the blocks that these leave.
 
 A debtor here is never a creditor, and neither is a node that borrows: nothing cascades. A creditor's cap, and the room
 its running requests need, are its own. What is ordered is a wish: a home that cannot (the request is over, the target
@@ -14,20 +22,32 @@ to it is left alone: blocks are still on their way there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from infinillm.core.cost import Cost, Costs
 from infinillm.core.policy import pooled
-from infinillm.core.policy.orders import MoveBlocks, Order, counted, full_blocks, offer
-from infinillm.core.policy.pooled import capacity, creditors, reach, route
-from infinillm.core.types import HOST, Ledger, Node, NodeId, SeqId
+from infinillm.core.policy.orders import (
+    MoveBlocks,
+    Offers,
+    Order,
+    blocks_for,
+    counted,
+    full_blocks,
+    offer,
+    serving,
+)
+from infinillm.core.policy.pooled import capacity, reach
+from infinillm.core.types import HOST, Ledger, Node, NodeId, Refused, SeqId
 
 __all__ = ["NAME", "capacity", "creditors", "make_room", "plan", "reach", "route", "throughput"]
 
 NAME = "proactive"
 SHARES = True
+SAVES = True
+MOST_TRIED = 4  # full nodes, in the hope that they are not full any more
+MOST_BEHIND = 4  # requests that wait where one more is sent to gather
 LEAST_GAIN = 0.01  # of both nodes' tokens per second: what is less is not worth the wire
 TRIED = 16  # block counts tried at once, between the fewest and the most
 
@@ -58,6 +78,41 @@ class _Site:
         local = (self.held + self.coming * self.each) * block_size
         answers = [cost.answer(len(seqs), tokens) for cost, seqs, tokens in self.away.values()]
         return rows / (self.cost.decode_step(rows, local, answers) + self.cost.attend(self.lent * block_size))
+
+
+def route(
+    ledger: Ledger, prompt_tokens: int, longest_tokens: int, block_size: int, exclude: Collection[NodeId]
+) -> NodeId | Refused:
+    """As in policy pooled; but an outgrown request for which there is no room now goes where others like it are."""
+    found = pooled.route(ledger, prompt_tokens, longest_tokens, block_size, exclude)
+    need = blocks_for(longest_tokens, block_size)
+    if isinstance(found, Refused) or ledger.nodes[found].blocks >= need:
+        return found
+    if sum(node.free - node.wanted for node in ledger.nodes.values() if not node.draining) >= need:
+        return found
+    homes = sorted(
+        (node.waiting, -node.borrowed, node.id)
+        for node in serving(ledger)
+        if (node.borrowed or node.wanted > node.blocks) and node.waiting < MOST_BEHIND and node.id not in exclude
+        if reach(ledger, node.id, block_size) >= longest_tokens
+    )
+    return homes[0][2] if homes else found
+
+
+def creditors(
+    ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool
+) -> Offers | Refused:
+    """As in policy pooled; for requests that fit their home, only nodes that serve nothing now.
+
+    For an outgrown one also some that were full when they last told: blocks come free all the time.
+    """
+    others = [n for n in ledger.nodes.values() if n.id != node and n.id not in exclude and not n.draining]
+    busy = () if outgrown else (n.id for n in others if n.running or n.waiting)
+    found = pooled.creditors(ledger, node, blocks, {*exclude, *busy}, outgrown)
+    named = dict(() if isinstance(found, Refused) else found)
+    full = sorted((n.lent - n.lendable, n.id) for n in others if n.id not in named and n.lendable > n.lent)
+    more = [(name, -negative) for negative, name in full[:MOST_TRIED]] if outgrown else []
+    return [*named.items(), *more] or found
 
 
 def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
