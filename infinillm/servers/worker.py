@@ -18,7 +18,7 @@ from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.names import Uses, prefix_hashes
-from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.orders import TURN_SECONDS, MoveBlocks
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import DEVICE, HOST, Layout, Model, Node, NodeId, Refused, SeqId
@@ -46,6 +46,7 @@ LOOK_SECONDS = 0.05
 # Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
 RECALL_AFTER_SECONDS = 30.0
 KEPT_USES = 4096
+HANDED_OVER_SECONDS = 2.0  # in which whoever goes on with a request asks for what lies here
 FINISHING = 0.75  # share of a drain in which requests may end by themselves; then they are handed over
 LEAST_RETURN_SECONDS = 1.0  # to give loans back, however late it is
 
@@ -153,10 +154,10 @@ class Worker:
         self.server.set_ready(True)
 
     async def stop(self, failure: BaseException | None, hurry: asyncio.Event) -> None:
-        """Drain: take nothing new, hand over what waits, let running requests end, hand over the rest, give back loans.
+        """Drain: take nothing new, hand over all requests, wait until what lies here has gone, give back loans.
 
-        After a `failure` (a process started later goes by our name, say) they end at once, and are told why. `hurry`
-        hands over at once what runs.
+        Where nobody else serves, what runs may end by itself first. After a `failure` (a process started later goes by
+        our name, say) requests end at once, and are told why. In a `hurry` nothing is waited for but the engine.
         """
         began = time.monotonic()
         deadline = began + self.settings.drain_seconds
@@ -170,8 +171,10 @@ class Worker:
             if not self.membership.others:  # nobody could go on with what runs
                 self.shard.hand_over(waiting=True)
                 await self._until(self._idle, began + FINISHING * self.settings.drain_seconds, hurry)
+            came = time.monotonic() + HANDED_OVER_SECONDS * bool(self.shard.streams)
             self.shard.hand_over(waiting=False)
             await self._until(self._idle, deadline, asyncio.Event())
+            await self._until(lambda: False, min(came, deadline), hurry)
             await asyncio.to_thread(self.engine.stop)
         await self._until(lambda: not self.memory.held_by_others, deadline, hurry)
         if self.settings.controller:
@@ -229,7 +232,7 @@ class Worker:
     # --- sharing -------------------------------------------------------------------------------------------------
 
     async def _find(self, request: Request, holders: Sequence[tuple[NodeId, str]]) -> tuple[Layout, bool]:
-        """What others keep of a request from now on, so that it need not be computed here; whether a copy of it pays."""
+        """What others keep of a request from now on, so that nobody computes it again, and whether a copy pays."""
         size = self.memory.blocks.block_size
         tokens = (*request.prompt, *request.already)
         if not holders or request.sampling.prompt_logprobs is not None:
@@ -260,7 +263,7 @@ class Worker:
                 candidates = await self.membership.creditors(wanted, self.lenders.recalling, beyond is not None)
                 if save := self.membership.may_save and beyond is not None:
                     least, wanted = 1, beyond
-                    self.lenders.saved_until = time.monotonic() + IDLE_LOAN_SECONDS
+                    self.lenders.saved_until = time.monotonic() + TURN_SECONDS
                 if save and wanted < 1:
                     answer = Refused("what is lent is enough once home is free")
                 elif isinstance(candidates, Refused):

@@ -15,7 +15,7 @@ from infinillm.core.cost import Cost
 from infinillm.core.layout import filled, grown
 from infinillm.core.ledger import Report, expecting, rebuild
 from infinillm.core.policy import Policy
-from infinillm.core.policy.orders import NOBODY, Turn
+from infinillm.core.policy.orders import NOBODY, TURN_SECONDS, Turn
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import Budget, need, schedule, shortage
 from infinillm.core.types import Ledger, Loan, Node, NodeId, Refused, SeqId, Step
@@ -264,7 +264,7 @@ class Pool:
             self.turn = self.turn.after(place.id, self.now)
             save = self.turn.node == place.id
         if save and beyond is not None:
-            least, wanted, place.saved_until = 1, beyond, self.now + IDLE
+            least, wanted, place.saved_until = 1, beyond, self.now + TURN_SECONDS
         if isinstance(offers, Refused) or wanted < 1:
             return False
         got: list[tuple[Place, int]] = []

@@ -41,13 +41,14 @@ class MoveBlocks:
         return "home" if self.target == self.home else "away" if self.source == self.home else "between"
 
 
-TURN_SECONDS = 1.0  # who saves asks more often
+TURN_SECONDS = 10.0  # who saves asks once a step, and steps with much to compute take seconds
 
 
 class Turn(NamedTuple):
     """Whose turn it is to save up blocks: one node at a time, as two that hold half each would wait for ever.
 
-    It is `node`'s turn `until` then, by the controller's clock."""
+    It is `node`'s turn `until` then, by the controller's clock.
+    """
 
     node: NodeId
     until: float
