@@ -80,7 +80,7 @@ class Worker:
     host: str = option("127.0.0.1", _HOST)
     port: int = option(0, "port of gRPC; 0 takes a free one", least=0, most=65535)
     advertise: str = option("", "HOST:PORT at which others dial this worker; empty: --host and its port")
-    controller: str = option("", _CONTROLLER)
+    controller: str = option("", _CONTROLLER, also=("--join",))
     kv_blocks: int = option(0, _BLOCKS, least=0, most=2**31 - 1)
     kv_memory_gib: float = option(1.0, _MEMORY, least=0, most=65536)
     block_size: int = option(16, _BLOCK, least=1, most=1024)

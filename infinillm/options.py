@@ -27,9 +27,10 @@ def option(
     most: float | None = None,
     choices: tuple[str, ...] = (),
     positional: bool = False,
+    also: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its default, what it means (with its unit) and what it may be."""
-    about = {"text": text, "least": least, "most": most, "choices": choices, "positional": positional}
+    """A field with its default, what it means (with its unit), what it may be, and other flags that set it."""
+    about = {"text": text, "least": least, "most": most, "choices": choices, "positional": positional, "also": also}
     return field(default=default, metadata=about)
 
 
@@ -122,7 +123,7 @@ def parser(cls: type[Any], prog: str, *, description: str = "", examples: str = 
         else:
             choices = "{" + ",".join(about["choices"]) + "}" if about["choices"] else ""
             metavar = choices or {int: "N", float: "X", str: "TEXT"}[kind]
-            found.add_argument(flag(each.name), metavar=metavar, help=text)
+            found.add_argument(flag(each.name), *about["also"], dest=each.name, metavar=metavar, help=text)
     found.add_argument(
         "--config", metavar="FILE", help="YAML with a section per process, such as `worker: {kv_blocks: 256}`"
     )

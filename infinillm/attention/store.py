@@ -50,10 +50,14 @@ class Store:
 
     pool  [layers, 2, blocks, kv_heads, block_size, head_dim]  K at [:, 0], V at [:, 1]
 
+    It may have no blocks at all: a worker that keeps nothing borrows all it needs.
+
     In memory a block's heads lie one after the other, K then V of each: attention reads it as one stream.
     """
 
     def __init__(self, shape: AttentionShape, blocks: int, device: torch.device, body: Body):
+        if blocks < 0:
+            raise BadRequest(f"a store cannot have {blocks} blocks", field="blocks")
         if shape.dtype not in DTYPES:
             raise BadRequest(f"dtype must be one of {', '.join(DTYPES)}, not {shape.dtype}", field="dtype")
         self.shape = shape

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from infinillm import wire
-from infinillm.core.request import Request
+from infinillm.core.request import MOVED, Request
 from infinillm.core.types import Layout, NodeId, SeqId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Cancel, HandOver, Output, Submit
@@ -60,7 +60,8 @@ class ShardService:
 
     async def Generate(self, request: pb.ShardGenerateRequest, call: Any) -> AsyncIterator[pb.ShardGenerateResponse]:
         if self.draining:
-            raise Unavailable("the worker is draining")
+            yield pb.ShardGenerateResponse(finish_reason=MOVED)
+            return
         if not self.engine.alive:
             raise Unavailable("the engine is not running")
         running = self.engine.load.running

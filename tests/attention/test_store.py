@@ -80,7 +80,7 @@ def test_a_table_is_as_it_was_asked() -> None:
 @pytest.mark.parametrize(
     ("field", "wrong"),
     [
-        ("blocks", lambda: store(0)),
+        ("blocks", lambda: store(-1)),
         ("dtype", lambda: store(shape=AttentionShape(4, 2, 16, 8, "int8", 0.25, (0,)))),
         ("holdings", lambda: build_table([[1]], [], CPU)),
         ("holdings", lambda: build_table([[1]], [([1, 2], [0])], CPU)),

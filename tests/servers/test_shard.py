@@ -149,6 +149,16 @@ def test_what_others_have_of_a_request_is_asked_for_first() -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_that_drains_sends_requests_elsewhere() -> None:
+    async def scenario() -> None:
+        shard = shard_of(FakeEngine())
+        shard.draining = True
+        assert [each.finish_reason async for each in shard.Generate(ask("s"), None)] == [MOVED]
+        assert not shard.streams and not shard.engine.inbox.qsize()
+
+    asyncio.run(scenario())
+
+
 def test_a_request_that_is_handed_over_ends_here() -> None:
     async def scenario() -> None:
         engine: Any = FakeEngine()
