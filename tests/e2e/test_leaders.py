@@ -68,12 +68,12 @@ class Pair(Cluster):
         return self.asked(until(self.leader, "a leader", SOON))
 
     def books_agree(self) -> bool:
-        """Whether the ledger is what the nodes say of themselves, while all goes on."""
+        """Whether the ledger knows every loan and what it is made of, while all goes on; `settle` compares the rest."""
         ledger = self.ledger()
         said = [self.books(name) for name in self.workers]
         return (
-            {node.id: (node.incarnation, node.used, node.lent, node.borrowed) for node in ledger.nodes}
-            == {s.node.id: (s.node.incarnation, s.node.used, s.node.lent, s.node.borrowed) for s in said}
+            {node.id: (node.incarnation, node.lent, node.borrowed) for node in ledger.nodes}
+            == {s.node.id: (s.node.incarnation, s.node.lent, s.node.borrowed) for s in said}
             and {loan.id: loan.blocks for loan in ledger.loans}
             == {loan.id: loan.blocks for s in said for loan in s.loans}
             and not ledger.settling
