@@ -160,6 +160,7 @@ class Load:
 def run(folder: Path, seed: int, requests: int, minutes: float, tell: Callable[[str], None]) -> Result:
     """Start a cluster, shake it under load, let it come to rest, and audit it. `tell` hears the progress."""
     result, before = Result(seed), _shared_memory()
+    others = set(psutil.Process().children(recursive=True))
     lanes = {name: Lane() for name in (*WORKERS, GUEST)}
 
     def of_worker(name: str) -> tuple[str, ...]:
@@ -183,7 +184,7 @@ def run(folder: Path, seed: int, requests: int, minutes: float, tell: Callable[[
     finally:
         made.kill()
     result.defects += _said(folder, result.events)
-    if left := psutil.Process().children(recursive=True):
+    if left := set(psutil.Process().children(recursive=True)) - others:
         result.defects += [
             f"left behind: {each}" for each in left if "resource_tracker" not in " ".join(each.cmdline())
         ]
