@@ -166,30 +166,6 @@ def creditors(name: str, blocks: int) -> pb.CreditorsRequest:
 LOAN = Loan("b>a", "b", "a", 30, until=2e9)
 
 
-@pytest.mark.parametrize("policy", ["pooled", "isolated"])
-def test_requests_go_where_their_landmarks_are_and_hear_who_else_has_some(policy: str) -> None:
-    async def test(world: World, client: rpc.Client) -> None:
-        for name, marks in (("a", {1, 2, 3}), ("b", {2}), ("c", set[int]())):
-            Member(world, Report(node(name), marks=frozenset(marks)))
-        await world.settled()
-
-        async def asked(*marks: int) -> tuple[str, list[str]]:
-            request = pb.RouteRequest(prompt_tokens=400, longest_tokens=500, marks=marks)
-            answer = await client.Route(request, timeout=SOON)
-            return answer.node, [holder.node for holder in answer.holders]
-
-        assert await asked(1, 2, 3) == ("a", ["b"] if policy == "pooled" else [])
-        assert (await asked(7))[1] == []
-        gone = world.members[0]
-        gone.report = replace(gone.report, marks=frozenset({3}))
-        until = asyncio.get_running_loop().time() + SOON
-        while (found := await asked(2)) != ("b", []) and asyncio.get_running_loop().time() < until:
-            await asyncio.sleep(0.01)
-        assert found == ("b", [])
-
-    living(test, policy)
-
-
 def test_members_join_beat_and_leave_and_the_ledger_is_their_books() -> None:
     async def test(world: World, client: rpc.Client) -> None:
         a, b = Member(world, Report(node("a"))), Member(world, Report(node("b")))
