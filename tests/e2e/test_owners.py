@@ -30,8 +30,8 @@ def resubmitted(pool: Cluster) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, SAMPLED, {**SAMPLED, **PENALISED, "min_tokens": 100}, {"logprobs": 2}],
-    ids=["greedy", "seeded", "penalised", "logprobs"],
+    [{}, {**SAMPLED, **PENALISED, "min_tokens": 100, "logprobs": 2}],
+    ids=["greedy", "sampled"],
 )
 def test_an_owner_that_is_killed(pool: Cluster, more: dict[str, Any]) -> None:
     prompt = tiny.prompt(LENGTH, 31)
