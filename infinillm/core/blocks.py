@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from infinillm.core.layout import firsts
 from infinillm.core.names import MARK_EVERY, mark
 from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId
 from infinillm.errors import Broken
@@ -157,17 +158,18 @@ class Blocks:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
         held = self._holdings.get((owner, seq))
         have = set(held.firsts) if held is not None else ()
-        return self._reserve(self._holdings, seq, [at for at in self._firsts(first, blocks) if at not in have], owner)
+        wanted = [at for at in firsts(first, blocks, self.block_size) if at not in have]
+        return self._reserve(self._holdings, seq, wanted, owner)
 
     def stage(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
         """Hold `blocks` for content on its way here; refused whole where there is no room, or one is held already."""
         if blocks > self.count:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
-        firsts = self._firsts(first, blocks)
+        wanted = firsts(first, blocks, self.block_size)
         for held in (self._holdings.get((owner, seq)), self._staged.get((owner, seq))):
-            if held is not None and not set(firsts).isdisjoint(held.firsts):
+            if held is not None and not set(wanted).isdisjoint(held.firsts):
                 return Refused(f"{self.node} has blocks of {seq} from position {first} on already")
-        return self._reserve(self._staged, seq, firsts, owner)
+        return self._reserve(self._staged, seq, wanted, owner)
 
     def adopt(self, seq: SeqId, owner: NodeId = OWN) -> None:
         """What was staged has come: from now on the sequence has it here."""
@@ -183,8 +185,8 @@ class Blocks:
 
     def leave(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
         """Let go of a sequence's blocks from `first` on; refused whole where one is not here."""
-        holding = self._holdings.get((owner, seq), Holding())
-        if blocks > len(holding.blocks) or not set(gone := self._firsts(first, blocks)) <= set(holding.firsts):
+        holding, gone = self._holdings.get((owner, seq), Holding()), firsts(first, blocks, self.block_size)
+        if blocks > len(holding.blocks) or not set(gone) <= set(holding.firsts):
             return Refused(f"{self.node} does not hold {blocks} blocks of {seq} from position {first} on")
         self._drop(owner, seq, set(gone))
         return None
@@ -195,13 +197,10 @@ class Blocks:
             if holding := self._holdings.get((owner, seq)):
                 self._drop(owner, seq, set(holding.firsts).difference(held.get(seq, ())))
 
-    def _firsts(self, first: int, blocks: int) -> range:
-        return range(first, first + blocks * self.block_size, self.block_size)
-
     def _reserve(
-        self, holdings: dict[tuple[NodeId, SeqId], Holding], seq: SeqId, firsts: Sequence[int], owner: NodeId
+        self, holdings: dict[tuple[NodeId, SeqId], Holding], seq: SeqId, positions: Sequence[int], owner: NodeId
     ) -> Refused | None:
-        blocks = len(firsts)
+        blocks = len(positions)
         room = self.room
         loan = self.loans.get(owner)
         if owner != OWN:
@@ -209,7 +208,7 @@ class Blocks:
         if blocks > room:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
         holding = holdings.setdefault((owner, seq), Holding())
-        for at in firsts:
+        for at in positions:
             block = self._take()
             self._insert(holding, at, block)
             if owner == OWN:

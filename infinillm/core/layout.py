@@ -46,10 +46,15 @@ def without(layout: Layout, node: NodeId) -> tuple[Layout, list[Span]]:
     return tuple(s for s in layout if s.node != node), [s for s in layout if s.node == node]
 
 
-def stretches(seq: SeqId, firsts: Iterable[int], block_size: int) -> list[Stretch]:
+def firsts(first: int, blocks: int, block_size: int) -> range:
+    """The positions at which so many blocks begin, side by side."""
+    return range(first, first + blocks * block_size, block_size)
+
+
+def stretches(seq: SeqId, positions: Iterable[int], block_size: int) -> list[Stretch]:
     """The blocks at these positions, said briefly."""
     found: list[Stretch] = []
-    for first in sorted(firsts):
+    for first in sorted(positions):
         if found and found[-1].first + found[-1].blocks * block_size == first:
             found[-1] = found[-1]._replace(blocks=found[-1].blocks + 1)
         else:

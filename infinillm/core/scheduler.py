@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import reduce
 
 from infinillm.core.layout import grown, uncovered
-from infinillm.core.request import Interval, Sequence, add, first_gap
+from infinillm.core.request import Sequence, add, first_gap
 from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step, Stretch
 
 
@@ -31,9 +30,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What the home has already of a waiting sequence: whole blocks, and how many of them cost room to hold."""
+    """What the home has already of a waiting sequence, and how many of the blocks cost room to hold."""
 
-    done: tuple[Interval, ...] = ()
+    there: tuple[Stretch, ...] = ()
     idle: int = 0
 
 
@@ -45,8 +44,8 @@ MOST_AHEAD = 64  # blocks asked for beyond what lacks now
 
 def need(sequence: Sequence, block_size: int, ahead: int, match: Match = NO_MATCH) -> int:
     """Blocks a waiting sequence must be given to be admitted, beyond those that are somewhere already."""
-    there = sum(stop - start for start, stop in match.done) + sum(s.stop - s.start for s in sequence.layout)
-    return -(-reserve(sequence, block_size, ahead) // block_size) - there // block_size
+    there = sum(each.blocks for each in match.there) + sum(s.stop - s.start for s in sequence.layout) // block_size
+    return -(-reserve(sequence, block_size, ahead) // block_size) - there
 
 
 def reserve(sequence: Sequence, block_size: int, ahead: int) -> int:
@@ -161,14 +160,17 @@ def schedule(
                 short += missing
                 break  # first come, first served: nobody overtakes
             left[home] -= match.idle
-            here = [Stretch(sequence.id, start, (stop - start) // size) for start, stop in match.done]
-            layout = grown(sequence.layout, [Grow(sequence.id, home, each.first, each.blocks) for each in here], size)
+            here = [Grow(sequence.id, home, each.first, each.blocks) for each in match.there]
+            layout = grown(sequence.layout, here, size)
             take(sequence, layout, 0, reserve(sequence, size, ahead))
-            gap = first_gap(reduce(lambda done, more: add(done, *more), match.done, sequence.done), sequence.length)
+            done = sequence.done
+            for each in match.there:
+                done = add(done, each.first, each.first + each.blocks * size)
+            gap = first_gap(done, sequence.length)
             assert gap is not None, sequence  # the last token is computed, always
             start, stop = gap[0], min(gap[1], gap[0] + tokens)
             chunks.append(Chunk(sequence.id, start, stop))
-            reuse += here
+            reuse += match.there
             admit.append(sequence.id)
             tokens -= stop - start
             seats -= 1

@@ -7,8 +7,9 @@ that another worker lost finds what is left of it.
 
 from __future__ import annotations
 
+from infinillm.core.layout import firsts, stretches
 from infinillm.core.names import prefix_hashes
-from infinillm.core.request import Interval, Sequence, add
+from infinillm.core.request import Sequence
 from infinillm.core.scheduler import Match
 from infinillm.core.types import NodeId, SeqId, Stretch
 from infinillm.pool.borrow import Lenders
@@ -38,16 +39,13 @@ class Names:
         if there:
             names = [b"" if i * self.size in there else name for i, name in enumerate(names)]
         found, idle = self.memory.blocks.match(sequence.id, names)
-        done: tuple[Interval, ...] = ()
-        for i in found:
-            done = _longer(done, i * self.size, (i + 1) * self.size)
-        return Match(done, idle)
+        return Match(tuple(stretches(sequence.id, (i * self.size for i in found), self.size)), idle)
 
     def reuse(self, stretch: Stretch) -> None:
         """Hold what `match` found. The caller still holds the lock."""
         seq, first, blocks = stretch
         names = self._names[seq]
-        wanted = {at: names[at // self.size] for at in range(first, first + blocks * self.size, self.size)}
+        wanted = {at: names[at // self.size] for at in firsts(first, blocks, self.size)}
         shared = self.memory.blocks.share(seq, wanted)
         assert len(shared) == blocks, (stretch, shared)
 
@@ -67,10 +65,3 @@ class Names:
             with self.memory.lock:
                 for i in range(a, b):
                     self.memory.blocks.seal(sequence.id, i * self.size, names[i])
-
-
-def _longer(done: tuple[Interval, ...], start: int, stop: int) -> tuple[Interval, ...]:
-    """As `add`, for an interval after all others: quick."""
-    if done and done[-1][1] == start:
-        return (*done[:-1], (done[-1][0], stop))
-    return add(done, start, stop)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from infinillm import wire
+from infinillm.core.layout import firsts
 from infinillm.core.types import Loan, LoanId, Node, NodeId, Refused, Stretch, difference
 from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed, Stale
 from infinillm.pool.hear import Conversation, Holds, Name, Over, Release, Share, carry_out
@@ -252,7 +253,7 @@ class PoolService:
             raise BadRequest(f"{self.memory.blocks.node} has not so many blocks", field="open")
         held, size = Holds(), self.memory.blocks.block_size
         for each in said.held:
-            held.setdefault(each.sequence, set()).update(range(each.first, each.first + each.blocks * size, size))
+            held.setdefault(each.sequence, set()).update(firsts(each.first, each.blocks, size))
         return held
 
     async def _listen(self, requests: AsyncIterator[pb.ConverseRequest], talk: Conversation) -> None:

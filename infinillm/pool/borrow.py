@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
 
 from infinillm import rpc, wire
-from infinillm.core.layout import stretches
+from infinillm.core.layout import firsts, stretches
 from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import InfinillmError, NodeLost, Unavailable
 from infinillm.pool.lender import Candidates, Lender
@@ -106,16 +106,16 @@ class Lenders:
     def stage(self, node: NodeId, stretch: Stretch) -> None:
         """Reserve blocks of a loan for content on its way there."""
         with self.lock:
-            firsts = self._firsts(stretch.first, stretch.blocks)
-            self.accounts[node].staged.setdefault(stretch.seq, set()).update(firsts)
+            reserved = self._firsts(stretch.first, stretch.blocks)
+            self.accounts[node].staged.setdefault(stretch.seq, set()).update(reserved)
 
     def adopt(self) -> None:
         """What was staged has come, and what the lenders were told before they have heard."""
         with self.lock:
             for lender in self.accounts.values():
                 lender.leaving.clear()
-                for seq, firsts in lender.staged.items():
-                    lender.held.setdefault(seq, set()).update(firsts)
+                for seq, staged in lender.staged.items():
+                    lender.held.setdefault(seq, set()).update(staged)
                 lender.staged.clear()
 
     def abandon(self) -> None:
@@ -139,8 +139,7 @@ class Lenders:
             lender.idle_since = time.monotonic()
 
     def _firsts(self, first: int, blocks: int) -> range:
-        size = self.memory.blocks.block_size
-        return range(first, first + blocks * size, size)
+        return firsts(first, blocks, self.memory.blocks.block_size)
 
     def release(self, seq: SeqId) -> None:
         """Give the blocks of a sequence back to the loans they came from."""
@@ -188,9 +187,9 @@ class Lenders:
             size = self.memory.blocks.block_size
             held = [
                 stretch
-                for seq, firsts in lender.held.items()
+                for seq, there in lender.held.items()
                 if seq not in lender.unsaid  # what came back since is grown anew
-                for stretch in stretches(seq, firsts, size)
+                for stretch in stretches(seq, there, size)
             ]
             opening = self._opening.submit(self._open, node, lender.address, lender.loan, held)
             try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infinillm.attention.store import Store, build_table
 from infinillm.core.blocks import OWN, Blocks, Holding, slots
+from infinillm.core.layout import firsts
 from infinillm.core.types import NodeId, Part, Plan, Refused, Stretch
 from infinillm.errors import Broken
 from infinillm.kernels.reference import Table
@@ -73,9 +74,8 @@ class Memory:
         with self.lock:
             for seq, first, blocks in stretches:
                 holding = (self.blocks.staged if staged else self.blocks.holding)(seq, owner) or Holding()
-                size = self.blocks.block_size
                 where = dict(zip(holding.firsts, holding.blocks, strict=True))
-                ats = range(first, first + blocks * size, size)
+                ats = firsts(first, blocks, self.blocks.block_size)
                 if blocks > len(where) or not where.keys() >= set(ats):
                     raise Broken(f"{self.blocks.node} has not {blocks} blocks of {seq} from position {first} on")
                 ids += [where[at] for at in ats]

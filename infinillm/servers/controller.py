@@ -342,11 +342,10 @@ class Controller:
             return
         self.orders = {}
         for order in found:
-            if isinstance(order, MoveBlocks):
-                self.orders.setdefault(order.home, []).append(order)
-                what = {name: getattr(order, name) for name in ("source", "target", "blocks", "reason")}
-                log("ordered", request=order.seq, **what)
-                self.metrics.add("orders_total", direction=order.direction)
+            self.orders.setdefault(order.home, []).append(order)
+            what = {name: getattr(order, name) for name in ("source", "target", "blocks", "reason")}
+            log("ordered", request=order.seq, **what)
+            self.metrics.add("orders_total", direction=order.direction)
 
     def _measure(self, now: float) -> None:
         nodes, m = self.ledger.nodes.values(), self.metrics

@@ -209,7 +209,7 @@ class Worker:
                 blocks=blocks.count,
                 lendable=blocks.lendable,
                 used=blocks.used,
-                cached=min(blocks.cached, blocks.count - blocks.used - blocks.lent),  # what is not promised
+                cached=min(blocks.cached, blocks.room),  # what is not promised
                 lent=blocks.lent,
                 borrowed=self.lenders.borrowed,
                 serves=self.engine is not None,
@@ -340,7 +340,8 @@ class Worker:
             m.set("kv_blocks", blocks, state=state)
         m.set("loans", len(self.memory.blocks.loans), side="lender")
         m.set("loans", len(self.lenders.room()), side="borrower")
-        m.set("recalled_blocks", sum(loan.recalled for loan in self.report().lent), side="lender")
+        with self.memory.lock:
+            m.set("recalled_blocks", sum(map(self.pool.wanted, self.memory.blocks.loans.values())), side="lender")
         m.set("moving_blocks", self.engine.load.moving if self.engine is not None else 0)
         m.set("missing_tokens", self.engine.load.missing if self.engine is not None else 0)
         m.set("requests_running", node.running)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from infinillm.core.cost import Cost, Costs, Curve
 from infinillm.core.ledger import Report, check, rebuild
 from infinillm.core.policy import POLICIES
-from infinillm.core.policy.orders import MoveBlocks, Order, offer
+from infinillm.core.policy.orders import MoveBlocks, offer
 from infinillm.core.policy.proactive import make_room, throughput
 from infinillm.core.types import Layout, Ledger, Loan, Node, NodeId, Refused, Span
 from tests.core.test_cost import LLAMA_H100, QWEN_H100
@@ -107,7 +107,7 @@ def test_figure_5_reaches_the_proactive_placement(capsys: pytest.CaptureFixture[
 # --- every plan ------------------------------------------------------------------------------------------------------
 
 
-def done(ledger: Ledger, orders: Iterable[Order]) -> Ledger:
+def done(ledger: Ledger, orders: Iterable[MoveBlocks]) -> Ledger:
     """The ledger after the orders were carried out, each oldest blocks first: told anew by every node."""
     nodes = {**ledger.nodes}
     loans = {**ledger.loans}

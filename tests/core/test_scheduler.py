@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from infinillm.core.layout import grown, reserved, uncovered
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import Budget, Match, schedule
-from infinillm.core.types import Chunk, Grow, Span
+from infinillm.core.types import Chunk, Grow, Span, Stretch
 
 SIZE = 4
 BUDGET = Budget(tokens=16, sequences=4, block_size=SIZE)
@@ -89,9 +89,9 @@ def test_a_preempted_sequence_comes_back_only_with_all_it_may_need():
 
 
 def test_a_cached_prefix_is_not_computed_again():
-    step = decide(wait=[sequence("s", 10)], room={"home": 3}, matches={"s": Match(((0, 8),), 2)})
+    step = decide(wait=[sequence("s", 10)], room={"home": 3}, matches={"s": Match((Stretch("s", 0, 2),), 2)})
     assert step.chunks == (Chunk("s", 8, 10),) and step.grow == (Grow("s", "home", 8, 1),)
-    assert decide(wait=[sequence("s", 10)], room={"home": 2}, matches={"s": Match(((0, 8),), 2)}).short == 1
+    assert decide(wait=[sequence("s", 10)], room={"home": 2}, matches={"s": Match((Stretch("s", 0, 2),), 2)}).short == 1
 
 
 def test_a_hole_is_pending_work_like_any_other():

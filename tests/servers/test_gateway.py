@@ -30,7 +30,6 @@ from tests.servers.fake_shard import (
     Site,
     encode,
     settings,
-    sites,
     unreachable,
 )
 
@@ -38,14 +37,7 @@ ASKED: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 200}
 PATH = "/v1/completions"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    yield from sites(tmp_path_factory.mktemp("talker"))
-
-
-@pytest.fixture(autouse=True)
-def _fresh(site: Site) -> None:
-    site.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def events(lines: Iterator[str]) -> Iterator[Any]:

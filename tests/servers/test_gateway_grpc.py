@@ -15,17 +15,9 @@ from infinillm.errors import BadRequest, NotFound, Overloaded, TooLong
 from infinillm.protos import inference_pb2 as pb
 from infinillm.servers.inference_service import INFERENCE
 from tests import tiny
-from tests.servers.fake_shard import MODEL, TEXT, WAIT_SECONDS, Site, encode, sites
+from tests.servers.fake_shard import MODEL, TEXT, WAIT_SECONDS, Site, encode
 
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    yield from sites(tmp_path_factory.mktemp("talker"))
-
-
-@pytest.fixture(autouse=True)
-def _fresh(site: Site) -> None:
-    site.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture(scope="module")

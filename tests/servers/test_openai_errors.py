@@ -10,15 +10,10 @@ import openai
 import pytest
 
 from infinillm.errors import Overloaded, Unavailable
-from tests.servers.fake_shard import MODEL, Site, sites
+from tests.servers.fake_shard import MODEL, Site
 
 GOOD = {"model": MODEL, "prompt": "Hi", "max_tokens": 2}
 TALK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    yield from sites(tmp_path_factory.mktemp("talker"))
 
 
 @pytest.fixture(autouse=True)

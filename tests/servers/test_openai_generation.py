@@ -11,15 +11,10 @@ from infinillm.errors import NotFound, Unavailable
 from infinillm.model.tokenizer import Tokenizer
 from infinillm.servers.inference_pool import Pool
 from tests import tiny
-from tests.servers.fake_shard import MODEL, TEXT, Site, encode, logprob, sites, unreachable
+from tests.servers.fake_shard import MODEL, TEXT, Site, encode, logprob, unreachable
 
 PROMPT = "The pool remembers"
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    yield from sites(tmp_path_factory.mktemp("talker"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,21 +13,14 @@ from infinillm.protos import inference_pb2 as pb
 from infinillm.servers.inference import MOST_LOSSES
 from infinillm.servers.inference_service import INFERENCE
 from tests.e2e.processes import until
-from tests.servers.fake_shard import MODEL, TEXT, Site, encode, sites
+from tests.servers.fake_shard import MODEL, TEXT, Site, encode
 
 ASKED: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 200, "return_token_ids": True}
 PATH = "/v1/completions"
 FIRST, SECOND = 1, 0  # the shards in the order they are routed to
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    yield from sites(tmp_path_factory.mktemp("talker"))
-
-
-@pytest.fixture(autouse=True)
-def _fresh(site: Site) -> None:
-    site.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def change(site: Site, which: int, **changed: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from infinillm.core.cost import Costs
 from infinillm.core.policy import isolated, pooled, proactive
-from infinillm.core.policy.orders import Offers, Order
+from infinillm.core.policy.orders import MoveBlocks, Offers
 from infinillm.core.types import Ledger, NodeId, Refused
 from infinillm.errors import BadRequest
 
@@ -30,7 +30,7 @@ class Policy:
     reach: Callable[[Ledger, NodeId, int], int]
     capacity: Callable[[Ledger, int], int]
     creditors: Callable[[Ledger, NodeId, int, Collection[NodeId], bool], Offers | Refused]
-    plan: Callable[[Ledger, Costs, int], tuple[Order, ...]]
+    plan: Callable[[Ledger, Costs, int], tuple[MoveBlocks, ...]]
     shares: bool
     saves: bool
 

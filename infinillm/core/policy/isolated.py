@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from infinillm.core.cost import Costs
-from infinillm.core.policy.orders import Offers, Order, blocks_for, counted, nobody, roomiest, serving, too_long
+from infinillm.core.policy.orders import MoveBlocks, Offers, blocks_for, counted, nobody, roomiest, serving, too_long
 from infinillm.core.types import Ledger, NodeId, Refused
 
 NAME = "isolated"
@@ -41,5 +41,5 @@ def creditors(
     return Refused(f"{node} needs {counted(blocks, 'more block')}; policy {NAME} lends none")
 
 
-def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
+def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[MoveBlocks, ...]:
     return ()

@@ -12,16 +12,6 @@ Offers: TypeAlias = list[tuple[NodeId, int]]  # who could lend, and how many blo
 
 
 @dataclass(frozen=True, slots=True)
-class Lend:
-    """The wish that `lender` promises `blocks` to `borrower`. Only the lender's event makes it true."""
-
-    lender: NodeId
-    borrower: NodeId
-    blocks: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class MoveBlocks:
     """The wish that `blocks` full blocks of a sequence move from `source` to `target`; its `home` carries it out.
 
@@ -59,9 +49,6 @@ class Turn(NamedTuple):
 
 
 NOBODY = Turn("", float("-inf"))
-
-
-Order: TypeAlias = Lend | MoveBlocks
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

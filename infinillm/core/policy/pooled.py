@@ -12,8 +12,8 @@ from collections.abc import Collection
 from infinillm.core.cost import Costs
 from infinillm.core.policy.circles import cancel
 from infinillm.core.policy.orders import (
+    MoveBlocks,
     Offers,
-    Order,
     blocks_for,
     by_rank,
     counted,
@@ -77,7 +77,7 @@ def creditors(
     return offers
 
 
-def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
+def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[MoveBlocks, ...]:
     """Blocks are lent when a node wants them; unasked, they only go back where they came from."""
     return (*cancel(ledger, block_size), *fetch(ledger, costs, block_size))
 

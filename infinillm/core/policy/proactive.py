@@ -31,7 +31,6 @@ from infinillm.core.policy import pooled
 from infinillm.core.policy.orders import (
     MoveBlocks,
     Offers,
-    Order,
     blocks_for,
     counted,
     full_blocks,
@@ -115,7 +114,7 @@ def creditors(
     return [*named.items(), *more] or found
 
 
-def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[Order, ...]:
+def plan(ledger: Ledger, costs: Costs, block_size: int) -> tuple[MoveBlocks, ...]:
     """What goes back where it came from, and what makes room."""
     return (*pooled.plan(ledger, costs, block_size), *make_room(ledger, costs, block_size))
 
