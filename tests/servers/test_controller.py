@@ -215,6 +215,7 @@ def test_a_restarted_controller_rebuilds_the_same_ledger() -> None:
         a = Member(world, Report(node("a", used=50), (), {"s": (Span("a", 0, 160), Span("b", 160, 300))}))
         b = Member(world, Report(node("b"), (LOAN,)))
         before = await world.settled()
+        await world.until(lambda: (a.membership.epoch, b.membership.epoch) == (5, 5))  # its answers have come, too
         await world.stop()
         await world.start(epoch=6)
         ledger = await world.settled()
