@@ -9,7 +9,7 @@ sequence, then where most is left. What lenders gave for sequences that outgrow 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ def schedule(
     room: Mapping[NodeId, int],
     budget: Budget,
     *,
-    matches: Mapping[SeqId, Match],
+    match: Callable[[Sequence], Match],
     patient: bool,
     own: int,
     saved: Collection[NodeId],
@@ -91,6 +91,7 @@ def schedule(
 
     running   oldest first; waiting in the order they are to be admitted
     room      blocks that may be taken on each node, home first
+    match     what home has already of one that waits; asked only of those whose turn it is
     patient   more blocks may still come (a loan is being asked for): wait rather than preempt
     own       blocks home has in all; a sequence that may come to need more outgrows it
     saved     lenders whose blocks are for such sequences only
@@ -150,27 +151,27 @@ def schedule(
         for sequence in waiting:
             if tokens <= 0 or seats <= 0:
                 break
-            match = matches.get(sequence.id, NO_MATCH)
-            if match.idle > left[home]:  # blocks taken above may evict what the cache has
-                match = NO_MATCH
+            found = match(sequence)
+            if found.idle > left[home]:  # blocks taken above may evict what the cache has
+                found = NO_MATCH
             ahead = ROOM_OUTGROWN if saved and not barred(sequence) else 0
-            wanted = need(sequence, size, ahead, match)
-            missing = wanted + match.idle - sum(left[node] for node in left.keys() - barred(sequence))
+            wanted = need(sequence, size, ahead, found)
+            missing = wanted + found.idle - sum(left[node] for node in left.keys() - barred(sequence))
             if missing > 0:
                 short += missing
                 break  # first come, first served: nobody overtakes
-            left[home] -= match.idle
-            here = [Grow(sequence.id, home, each.first, each.blocks) for each in match.there]
+            left[home] -= found.idle
+            here = [Grow(sequence.id, home, each.first, each.blocks) for each in found.there]
             layout = grown(sequence.layout, here, size)
             take(sequence, layout, 0, reserve(sequence, size, ahead))
             done = sequence.done
-            for each in match.there:
+            for each in found.there:
                 done = add(done, each.first, each.first + each.blocks * size)
             gap = first_gap(done, sequence.length)
             assert gap is not None, sequence  # the last token is computed, always
             start, stop = gap[0], min(gap[1], gap[0] + tokens)
             chunks.append(Chunk(sequence.id, start, stop))
-            reuse += match.there
+            reuse += found.there
             admit.append(sequence.id)
             tokens -= stop - start
             seats -= 1

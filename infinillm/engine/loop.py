@@ -30,6 +30,7 @@ from infinillm.engine.messages import (
     Message,
     MoveBlocks,
     Output,
+    Pass,
     Placement,
     Stop,
     Submit,
@@ -162,12 +163,11 @@ class Engine:
         """The next step. The caller holds the locks of memory and lenders."""
         self._step += 1
         waiting = self.waiting[:MOST_ADMITTED]
-        matches = {sequence.id: self.names.match(sequence) for sequence in waiting}
         room = self.moves.beside({self.node: self.memory.blocks.room, **self.lenders.room()})
         patient, own = not self._denied, self.memory.blocks.count
         saved = {name for name, lender in self.lenders.accounts.items() if lender.saved}
         return schedule(
-            self._step, self.running, waiting, room, self.budget, matches=matches, patient=patient, own=own, saved=saved
+            self._step, self.running, waiting, room, self.budget, match=self.names.match, patient=patient, own=own, saved=saved
         )
 
     def commit(self, step: Step) -> None:
@@ -254,14 +254,14 @@ class Engine:
 
     def _hear(self, message: Message) -> None:
         match message:
-            case Submit(request, shared, copy):
+            case Submit(request, names, shared, copy):
                 sequence = Sequence(request, [*request.prompt, *request.already])
                 for span in shared:
                     sequence.have(span)
                     if copy:
                         self.moves.bring(sequence, span)
                 self.sequences[request.id] = sequence
-                self.names.begin(sequence)
+                self.names.begin(sequence, names)
                 at = next((i for i, s in enumerate(self.waiting) if s.request.arrival > request.arrival), None)
                 self.waiting.insert(len(self.waiting) if at is None else at, sequence)
                 self.metrics.add("prompt_tokens_total", len(request.prompt))
@@ -288,6 +288,8 @@ class Engine:
             case HandOver(waiting):
                 self._handing_over = True
                 self._hand_over([*self.waiting] if waiting else [*self.running, *self.waiting])
+            case Pass(id):
+                self._hand_over([self.sequences[id]] if id in self.sequences else [])
             case Stop():
                 self._stopping = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -11,7 +12,7 @@ from infinillm.core.request import Interval, Request
 from infinillm.core.types import Layout, Refused, SeqId, TokenLogprob
 from infinillm.errors import InfinillmError
 
-__all__ = ["Borrowed", "Cancel", "HandOver", "Load", "Message", "MoveBlocks", "Output", "Placement", "Stop", "Submit"]
+__all__ = ["Borrowed", "Cancel", "HandOver", "Load", "Message", "MoveBlocks", "Output", "Pass", "Placement", "Stop", "Submit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,17 @@ class Output:
     stop_token: int | None = None
     cached: int = 0
     error: InfinillmError | None = None
+    leaving: bool = False  # tokens still come, but whoever listens had better find another worker
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`shared`: blocks that other nodes keep for it already, worth a `copy` here or not."""
+    """`names`: of its first blocks, as many as are known. `shared`: blocks that other nodes keep for it already, worth a
+    `copy` here or not.
+    """
 
     request: Request
+    names: Sequence[bytes] = ()
     shared: Layout = ()
     copy: bool = False
 
@@ -58,11 +63,18 @@ class HandOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """One request is to go on elsewhere."""
+
+    id: SeqId
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Message: TypeAlias = Submit | Cancel | Borrowed | MoveBlocks | HandOver | Stop
+Message: TypeAlias = Submit | Cancel | Borrowed | MoveBlocks | HandOver | Pass | Stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ that another worker lost finds what is left of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from infinillm.core.layout import firsts, stretches
 from infinillm.core.names import prefix_hashes
 from infinillm.core.request import Sequence
@@ -24,8 +26,14 @@ class Names:
         self.size = memory.blocks.block_size
         self._names: dict[SeqId, list[bytes]] = {}
 
-    def begin(self, sequence: Sequence) -> None:
-        self._names[sequence.id] = prefix_hashes(sequence.tokens, self.size, sequence.request.cache_salt)
+    def begin(self, sequence: Sequence, known: Iterable[bytes] = ()) -> None:
+        """`known`: the names of its first blocks, which are many where it is long."""
+        self._names[sequence.id] = list(known)
+        self._go_on(sequence)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        names = self._names[sequence.id]
+        names += prefix_hashes(sequence.tokens, self.size, sequence.request.cache_salt, names)
 
     def end(self, seq: SeqId) -> None:
         del self._names[seq]
@@ -54,7 +62,7 @@ class Names:
         first, last = start // self.size, stop // self.size
         names = self._names[sequence.id]
         if last > len(names):
-            names += prefix_hashes(sequence.tokens, self.size, sequence.request.cache_salt, names)
+            self._go_on(sequence)
         for span in sequence.layout:
             a, b = max(first, span.start // self.size), min(last, span.stop // self.size)
             if a >= b:

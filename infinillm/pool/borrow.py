@@ -38,14 +38,7 @@ class Lenders:
     """All the nodes we borrow from. Accounts change under a lock; the network is never awaited with it held."""
 
     def __init__(
-        self,
-        node: NodeId,
-        incarnation: str,
-        memory: Memory,
-        *,
-        lanes: Lanes,
-        port_kind: str,
-        metrics: Metrics,
+        self, node: NodeId, incarnation: str, memory: Memory, *, lanes: Lanes, port_kind: str, metrics: Metrics
     ):
         self.node, self.incarnation, self.memory = node, incarnation, memory
         self.lanes, self.port_kind, self.metrics = lanes, port_kind, metrics
@@ -280,6 +273,15 @@ class Lenders:
         self.metrics.add("loan_operations_total", operation="borrow")
         log("borrowed", lender=node, blocks=blocks, total=lender.blocks)
 
+    async def meet(self, node: NodeId, address: str) -> None:
+        """Have a conversation with a node, if only over a loan of nothing. Raises NodeLost, Unavailable."""
+        async with self._dealing:
+            if node not in self.accounts:
+                lent = await self._lend(node, address, 0, 0)
+                if isinstance(lent, Refused):
+                    raise Unavailable(lent.reason)
+                await self._enter(node, address, *lent)
+
     async def share(
         self, node: NodeId, address: str, seq: SeqId, runs: Iterable[tuple[int, Sequence[bytes]]]
     ) -> list[Stretch]:
@@ -287,12 +289,7 @@ class Lenders:
 
         Returns what it has. It keeps that beside the loan, which may be one of nothing. Raises NodeLost, Unavailable.
         """
-        async with self._dealing:
-            if node not in self.accounts:
-                lent = await self._lend(node, address, 0, 0)
-                if isinstance(lent, Refused):
-                    raise Unavailable(lent.reason)
-                await self._enter(node, address, *lent)
+        await self.meet(node, address)
         with self.lock:
             lender = self.accounts.get(node)
             talk = lender.conversation if lender is not None else None

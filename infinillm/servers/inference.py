@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ MOST_LOSSES = 3  # workers that may be lost to one sequence and replaced; those 
 GO_ON_SECONDS = 20.0  # in which somebody must be found to go on for a worker that was lost
 FORGIVEN_SECONDS = 5.0  # after which that may be a worker of the same name
 LOOK_SECONDS = 0.25
+MEET_SECONDS = 2.0
 MOST_STOP_STRINGS, MOST_STOP_CHARS = 16, 1000
 SHORT_TEXT = 1024  # characters that are tokenised faster than handed to a thread
 TOKENISING_THREADS = 2
@@ -233,26 +234,31 @@ class Inference:
         losses = 0
         failure: InfinillmError | None = None
         left: tuple[str, str] | None = None  # who handed it over, and keeps what it had for a while
+        found: list[Place] = []  # who is ready to go on
         while True:
-            place = await self._place(ask, request, gone, failure)
+            place = found.pop() if found else await self._place(ask, request, gone, failure)
+            self.pool.note(ask.request, ask.index, place)
             holders = dict((*([left] if left else []), *place.holders))
             del request.holders[:]
             request.holders.extend(types_pb2.Place(node=node, address=where) for node, where in holders.items())
-            moved, left = False, None
+            moved, left, finding = False, None, None
             try:
                 async with aclosing(_heard(self.pool.shard(place.address).Generate(request), place.node)) as stream:
                     async for message in stream:
+                        if message.leaving:
+                            finding = asyncio.create_task(self._find(ask, request, place, found))
+                        elif message.finish_reason != MOVED:
+                            if request.already:
+                                message.cached_tokens = 0  # the first worker has told
+                            yield message
+                            if message.finish_reason:
+                                return
+                            request.already.extend(message.tokens)
+                            request.sampling.ClearField("prompt_logprobs")
+                            gone.clear()
                         if moved := message.finish_reason == MOVED:
                             left = (place.node, place.address)
                             raise Unavailable(f"worker {place.node} is draining")
-                        if request.already:
-                            message.cached_tokens = 0  # the first worker has told
-                        yield message
-                        if message.finish_reason:
-                            return
-                        request.already.extend(message.tokens)
-                        request.sampling.ClearField("prompt_logprobs")
-                        gone.clear()
                 raise Unavailable(f"worker {place.node} ended the stream without a reason")
             except (Unavailable, Overloaded) as error:
                 failure = error
@@ -263,6 +269,21 @@ class Inference:
                 self.metrics.add("resubmissions_total", reason="moved" if moved else "lost")
                 said = len(request.already)
                 log("request_resubmitted", request=ask.id, node=place.node, tokens=said, reason=error.message)
+            finally:
+                if finding is not None:
+                    finding.cancel()
+
+    async def _find(
+        self, ask: Ask, request: shard_pb2.ShardGenerateRequest, leaving: Place, found: list[Place]
+    ) -> None:
+        """Add who goes on with a sequence whose worker is leaving, once it has met that worker; then the latter may."""
+        left = types_pb2.Place(node=leaving.node, address=leaving.address)
+        with suppress(InfinillmError):  # then it is handed over without
+            place = await self._place(ask, request, [leaving.node], None)
+            await self.pool.shard(place.address).Meet(shard_pb2.MeetRequest(nodes=[left]), timeout=MEET_SECONDS)
+            found.append(place)
+            wanted = shard_pb2.HandOverRequest(id=ask.id)
+            await self.pool.shard(leaving.address).HandOver(wanted, timeout=MEET_SECONDS)
 
     async def _place(
         self,
@@ -294,7 +315,6 @@ class Inference:
                     raise Unavailable(f"{lost}; nobody else can go on: {error.message}") from None
                 raise failure or error from None
         request.sampling.max_tokens = max(least, min(most, place.reach - prompt))
-        self.pool.note(ask.request, ask.index, place)
         return place
 
     async def _marks(self, ask: Ask, already: Sequence[int]) -> list[int]:

@@ -6,24 +6,29 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from infinillm import wire
+from infinillm.core.names import prefix_hashes
 from infinillm.core.request import MOVED, Request
 from infinillm.core.types import Layout, NodeId, SeqId
 from infinillm.engine.loop import Engine
-from infinillm.engine.messages import Cancel, HandOver, Output, Submit
+from infinillm.engine.messages import Cancel, HandOver, Output, Pass, Submit
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Overloaded, Unavailable
 from infinillm.model import sampler
 from infinillm.protos import shard_pb2 as pb
 
+SHORT = 4096  # tokens that are named at once; more take a thread
 SHARD = pb.DESCRIPTOR.services_by_name["ShardService"]
 
 
 class ShardService:
     """Tokens in, tokens out: the gRPC face of an engine.
 
-    `find` says what other nodes keep of a request already, asking those that are named, and whether a copy pays.
+    find  says what other nodes keep of a request already, whose blocks have these names, asking those nodes, and
+          whether a copy pays
+    meet  gets to know a node of whom something is going to be asked
     """
 
     def __init__(
@@ -33,10 +38,11 @@ class ShardService:
         vocabulary: int,
         block_size: int,
         max_waiting: int,
-        find: Callable[[Request, Sequence[tuple[NodeId, str]]], Awaitable[tuple[Layout, bool]]],
+        find: Callable[[Request, Sequence[bytes], Sequence[tuple[NodeId, str]]], Awaitable[tuple[Layout, bool]]],
+        meet: Callable[[NodeId, str], Awaitable[None]],
     ):
         self.engine, self.loop, self.vocabulary, self.block_size = engine, loop, vocabulary, block_size
-        self.max_waiting, self.find = max_waiting, find
+        self.max_waiting, self.find, self.meet = max_waiting, find, meet
         self.streams: dict[SeqId, asyncio.Queue[Output]] = {}
         self.draining = False
 
@@ -53,6 +59,10 @@ class ShardService:
     def fail(self, error: InfinillmError) -> None:
         """End everything that runs, at once, with this error."""
         self._deliver([Output(name, error=error) for name in self.streams])
+
+    def leave(self) -> None:
+        """Tell all who listen to find others that go on; tokens still come until they have."""
+        self._deliver([Output(name, leaving=True) for name in self.streams])
 
     def hand_over(self, *, waiting: bool) -> None:
         """Have all requests, or those that wait, go on elsewhere."""
@@ -92,8 +102,10 @@ class ShardService:
         self.streams[request.id] = stream
         reason = ""
         try:
-            shared, copy = await self.find(wanted, [(each.node, each.address) for each in request.holders])
-            self.engine.inbox.put(Submit(wanted, shared, copy))
+            naming = partial(prefix_hashes, (*prompt, *already), self.block_size, request.cache_salt)
+            names = naming() if len(prompt) <= SHORT else await asyncio.to_thread(naming)
+            shared, copy = await self.find(wanted, names, [(each.node, each.address) for each in request.holders])
+            self.engine.inbox.put(Submit(wanted, names, shared, copy))
             while not reason:
                 output = await stream.get()
                 if output.error is not None:
@@ -104,6 +116,14 @@ class ShardService:
             del self.streams[request.id]
             if not reason:
                 self.engine.inbox.put(Cancel(request.id))
+
+    async def Meet(self, request: pb.MeetRequest, call: Any) -> pb.MeetResponse:
+        await asyncio.gather(*(self.meet(each.node, each.address) for each in request.nodes))
+        return pb.MeetResponse()
+
+    async def HandOver(self, request: pb.HandOverRequest, call: Any) -> pb.HandOverResponse:
+        self.engine.inbox.put(Pass(request.id))
+        return pb.HandOverResponse()
 
     async def Placement(self, request: pb.PlacementRequest, call: Any) -> pb.PlacementResponse:
         found = self.engine.placement(request.id)
@@ -128,4 +148,5 @@ def _response(output: Output) -> pb.ShardGenerateResponse:
         finish_reason=output.finish_reason,
         cached_tokens=output.cached,
         stop_token=output.stop_token,
+        leaving=output.leaving,
     )

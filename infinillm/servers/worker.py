@@ -17,7 +17,7 @@ import torch
 from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
-from infinillm.core.names import Uses, prefix_hashes
+from infinillm.core.names import Uses
 from infinillm.core.policy.orders import TURN_SECONDS, MoveBlocks
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
@@ -46,6 +46,7 @@ LOOK_SECONDS = 0.05
 # Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
 RECALL_AFTER_SECONDS = 30.0
 KEPT_USES = 4096
+LEAVING_SECONDS = 1.0  # in which gateways may find others that go on, while tokens still come
 HANDED_OVER_SECONDS = 2.0  # in which whoever goes on with a request asks for what lies here
 FINISHING = 0.75  # share of a drain in which requests may end by themselves; then they are handed over
 LEAST_RETURN_SECONDS = 1.0  # to give loans back, however late it is
@@ -137,7 +138,7 @@ class Worker:
                 metrics=self.metrics,
             )
             self.shard = ShardService(
-                self.engine, self.loop, spec.vocab, settings.block_size, settings.max_waiting, self._find
+                self.engine, self.loop, spec.vocab, settings.block_size, settings.max_waiting, self._find, self.lenders.meet
             )
             services.append((SHARD, self.shard))
         self.server = rpc.Server(settings.host, settings.port, services, extra_handlers=[self.lanes.service()])
@@ -171,9 +172,13 @@ class Worker:
             if not self.membership.others:  # nobody could go on with what runs
                 self.shard.hand_over(waiting=True)
                 await self._until(self._idle, began + FINISHING * self.settings.drain_seconds, hurry)
-            came = time.monotonic() + HANDED_OVER_SECONDS * bool(self.shard.streams)
+            asked = bool(self.shard.streams)
+            self.shard.hand_over(waiting=True)
+            self.shard.leave()
+            await self._until(self._idle, min(time.monotonic() + LEAVING_SECONDS, deadline), hurry)
             self.shard.hand_over(waiting=False)
             await self._until(self._idle, deadline, asyncio.Event())
+            came = time.monotonic() + HANDED_OVER_SECONDS * asked
             await self._until(lambda: False, min(came, deadline), hurry)
             await asyncio.to_thread(self.engine.stop)
         await self._until(lambda: not self.memory.held_by_others, deadline, hurry)
@@ -231,13 +236,14 @@ class Worker:
 
     # --- sharing -------------------------------------------------------------------------------------------------
 
-    async def _find(self, request: Request, holders: Sequence[tuple[NodeId, str]]) -> tuple[Layout, bool]:
+    async def _find(
+        self, request: Request, names: Sequence[bytes], holders: Sequence[tuple[NodeId, str]]
+    ) -> tuple[Layout, bool]:
         """What others keep of a request from now on, so that nobody computes it again, and whether a copy pays."""
-        size = self.memory.blocks.block_size
-        tokens = (*request.prompt, *request.already)
+        size, length = self.memory.blocks.block_size, len(request.prompt) + len(request.already)
         if not holders or request.sampling.prompt_logprobs is not None:
             return (), False
-        names = prefix_hashes(tokens, size, request.cache_salt)[: (len(tokens) - 1) // size]
+        names = names[: (length - 1) // size]
         with self.memory.lock:
             here = self.memory.blocks.leading(names)
         finding = asyncio.create_task(find(self.lenders, request.id, names, here, holders))
@@ -246,7 +252,7 @@ class Worker:
             return layout, False
         uses, there = self.uses.count(names[layout[-1].stop // size - 1]), sum(x.stop - x.start for x in layout)
         steps = uses * (request.sampling.max_tokens - len(request.already))
-        return layout, self.cost.copying_pays(there, len(tokens) - there, steps)
+        return layout, self.cost.copying_pays(there, length - there, steps)
 
     # --- borrowing -----------------------------------------------------------------------------------------------
 

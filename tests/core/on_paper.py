@@ -17,7 +17,7 @@ from infinillm.core.ledger import Report, expecting, rebuild
 from infinillm.core.policy import Policy
 from infinillm.core.policy.orders import NOBODY, TURN_SECONDS, Turn
 from infinillm.core.request import Request, Sampling, Sequence
-from infinillm.core.scheduler import Budget, need, schedule, shortage
+from infinillm.core.scheduler import Budget, Match, need, schedule, shortage
 from infinillm.core.types import Ledger, Loan, Node, NodeId, Refused, SeqId, Step
 
 BEAT, RETRY, IDLE = 0.5, 0.25, 2.0  # seconds
@@ -170,7 +170,7 @@ class Pool:
             place.waiting[:8],
             room,
             BUDGET,
-            matches={},
+            match=lambda _: Match(),
             patient=not place.denied,
             own=place.blocks.count,
             saved=place.saved,

@@ -30,7 +30,8 @@ def running(
 
 
 def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, patient=True, own=100, saved=()):
-    rest = {"matches": matches or {}, "patient": patient, "own": own, "saved": saved}
+    found = matches or {}
+    rest = {"match": lambda s: found.get(s.id, Match()), "patient": patient, "own": own, "saved": saved}
     return schedule(1, list(run), list(wait), room or {"home": 100}, budget, **rest)
 
 
@@ -117,7 +118,7 @@ def test_any_run_stays_within_room_and_budget_and_everyone_finishes(data):
     for number in range(2000):
         if not waiting and not run:
             break
-        step = schedule(number, run, waiting, left, BUDGET, matches={}, patient=False, own=1000, saved=())
+        step = schedule(number, run, waiting, left, BUDGET, match=lambda _: Match(), patient=False, own=1000, saved=())
         assert sum(c.stop - c.start for c in step.chunks) <= BUDGET.tokens
         assert len({c.seq for c in step.chunks}) == len(step.chunks)
         assert not {c.seq for c in step.chunks} & set(step.preempt)

@@ -13,7 +13,7 @@ from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import AttentionShape, Refused, Span
 from infinillm.engine.loop import MOST_REFUSED, Engine
-from infinillm.engine.messages import Borrowed, Cancel, Output, Submit
+from infinillm.engine.messages import Borrowed, Cancel, Output, Pass, Submit
 from infinillm.errors import InfinillmError, Overloaded, Unavailable
 from infinillm.kernels import reference
 from infinillm.model.sampler import Choice
@@ -91,6 +91,18 @@ def test_one_request_by_hand():
     b.turn(4)
     assert b.of("s") == ([6, 2, 4, 8], "length")
     assert b.runner.computed == [("s", 0, 3), ("s", 3, 4), ("s", 4, 5), ("s", 5, 6)]
+    assert b.memory.blocks.room == 8
+
+
+def test_one_request_is_passed_on_and_the_others_stay():
+    b = Bench()
+    b.submit("s", [1, 2, 3])
+    b.submit("t", [1, 2, 3])
+    b.turn(2)
+    b.engine.inbox.put(Pass("s"))
+    b.engine.inbox.put(Pass("nobody"))
+    b.turn(2)
+    assert (b.of("s"), b.of("t")) == (([6, 2], "moved"), ([6, 2, 4, 8], "length"))
     assert b.memory.blocks.room == 8
 
 
@@ -261,7 +273,7 @@ def test_what_others_keep_for_a_request_that_waits_is_let_go_of_when_nobody_lend
     b = Bench()
     kept = Span("b", 0, 8)
     sampling = Sampling(temperature=0.0, max_tokens=4)
-    b.engine.inbox.put(Submit(Request("s", tuple([1] * 60), sampling, 0.0), (kept,)))
+    b.engine.inbox.put(Submit(Request("s", tuple([1] * 60), sampling, 0.0), shared=(kept,)))
     b.turn()
     sequence = b.engine.sequences["s"]
     for refused in range(MOST_REFUSED + 1):

@@ -31,7 +31,7 @@ def found(cluster: Cluster, holders: Cluster, nodes: str, prompt: list[int], seq
 def submit(cluster: Cluster, shared: Layout, already: list[int], *, copy: bool = False) -> None:
     wanted = Sampling(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, logprobs=0)
     cluster.engine.inbox.put(
-        Submit(Request("s", tuple(tiny.prompt(LENGTH)), wanted, already=tuple(already)), shared, copy)
+        Submit(Request("s", tuple(tiny.prompt(LENGTH)), wanted, already=tuple(already)), (), shared, copy)
     )
 
 

@@ -65,6 +65,10 @@ class FakeShard:
         self.hold_after: int | None = None  # tokens, then wait until `release` is set
         self.release = asyncio.Event()
         self.move_after: int | None = None  # tokens, then hand over
+        self.leave_after: int | None = None  # tokens, then say so, and wait until `release` is set
+        self.meeting: InfinillmError | None = None  # why it meets nobody
+        self.met: list[str] = []
+        self.passed: set[str] = set()  # what another worker is ready to go on with
         self.fail_after: int | None = None  # tokens, then fail with `failure`
         self.failure: InfinillmError = Unavailable("the worker is gone")
         self.batch = 1  # tokens in one message
@@ -124,6 +128,12 @@ class FakeShard:
             scored = []
             if reason:
                 return
+            if said == self.leave_after:
+                yield shard_pb2.ShardGenerateResponse(leaving=True)
+                await self.release.wait()
+            if request.id in self.passed:
+                yield shard_pb2.ShardGenerateResponse(finish_reason="moved")
+                return
             if self.move_after is not None and said >= self.move_after:
                 yield shard_pb2.ShardGenerateResponse(finish_reason="moved")
                 return
@@ -131,6 +141,17 @@ class FakeShard:
                 raise self.failure
             if self.hold_after is not None and said >= self.hold_after:
                 await self.release.wait()
+
+    async def Meet(self, request: Any, call: Any) -> shard_pb2.MeetResponse:
+        self.met += [each.node for each in request.nodes]
+        if self.meeting is not None:
+            raise self.meeting
+        return shard_pb2.MeetResponse()
+
+    async def HandOver(self, request: Any, call: Any) -> shard_pb2.HandOverResponse:
+        self.passed.add(request.id)
+        self.release.set()
+        return shard_pb2.HandOverResponse()
 
     async def Placement(self, request: Any, call: Any) -> shard_pb2.PlacementResponse:
         self.placements += 1

@@ -124,6 +124,29 @@ def test_a_worker_that_hands_over_is_no_loss(site: Site) -> None:
     assert {len(routed.exclude) for routed in site.controller.routed[1:]} == {1}, "only the one that said so"
 
 
+def test_tokens_still_come_while_another_worker_meets_the_one_that_leaves(site: Site) -> None:
+    change(site, FIRST, leave_after=2)
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed(site)) == TEXT
+    (second,) = site.shards[SECOND].asked
+    assert site.shards[SECOND].met == ["worker-1"] == [each.node for each in second.holders]
+    assert (len(second.already), site.shards[FIRST].passed) == (2, {second.id})
+    assert [list(routed.exclude) for routed in site.controller.routed] == [[], ["worker-1"]]
+
+
+def test_who_is_met_by_nobody_hands_over_all_the_same(site: Site) -> None:
+    change(site, SECOND, meeting=Unavailable("it does not answer"))
+    change(site, FIRST, leave_after=2, move_after=6)
+    with site.http.stream("POST", PATH, json={**ASKED, "stream": True}) as answer:
+        lines = (line[6:] for line in answer.iter_lines() if line.startswith("data: "))
+        heard = [next(lines), next(lines)]
+        site.until(lambda: bool(site.shards[SECOND].met))
+        site.release()
+        heard += lines
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in heard[:-1]) == TEXT
+    assert [len(asked.already) for asked in site.shards[SECOND].asked] == [6]
+    assert not site.shards[FIRST].passed
+
+
 @pytest.mark.parametrize("failure", [BadRequest("no", field="prompt"), TooLong("no"), InfinillmError("no")])
 def test_a_request_that_is_refused_for_what_it_is_ends(site: Site, failure: InfinillmError) -> None:
     site.change(fail_after=3, failure=failure)

@@ -9,9 +9,10 @@ import pytest
 
 from infinillm import wire
 from infinillm.core.moves import Wish
+from infinillm.core.names import prefix_hashes
 from infinillm.core.request import MOVED, Request, Sampling
 from infinillm.core.types import Layout, Move, Span
-from infinillm.engine.messages import Cancel, HandOver, Load, Output, Placement, Submit
+from infinillm.engine.messages import Cancel, HandOver, Load, Output, Pass, Placement, Submit
 from infinillm.errors import BadRequest, InfinillmError, Overloaded, Unavailable
 from infinillm.protos import shard_pb2 as pb
 from infinillm.servers.openai_bodies import plain
@@ -52,18 +53,24 @@ def ask(id: str, **more: Any) -> pb.ShardGenerateRequest:
     return pb.ShardGenerateRequest(id=id, prompt=[1], sampling=wire.sampling_to_wire(Sampling()), **more)
 
 
-async def nobody(request: Request, holders: Sequence[tuple[str, str]]) -> tuple[Layout, bool]:
+async def nobody(
+    request: Request, names: Sequence[bytes], holders: Sequence[tuple[str, str]]
+) -> tuple[Layout, bool]:
     return (), False
 
 
+async def met(node: str, address: str) -> None:
+    pass
+
+
 def shard_of(engine: Any) -> ShardService:
-    return ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=nobody)
+    return ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=nobody, meet=met)
 
 
 def test_a_full_queue_refuses() -> None:
     async def scenario() -> None:
         engine: Any = FakeEngine()
-        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=2, find=nobody)
+        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=2, find=nobody, meet=met)
         asked = [shard.Generate(ask(str(i)), None) for i in range(4)]
         tasks = [asyncio.ensure_future(anext(each)) for each in asked[:2]]
         while engine.inbox.qsize() < 2:
@@ -131,17 +138,21 @@ def test_what_others_have_of_a_request_is_asked_for_first() -> None:
         engine: Any = FakeEngine()
         asked: list[Any] = []
 
-        async def find(request: Request, holders: Sequence[tuple[str, str]]) -> tuple[Layout, bool]:
-            asked.append((request.id, holders, engine.inbox.qsize()))
+        async def find(
+            request: Request, names: Sequence[bytes], holders: Sequence[tuple[str, str]]
+        ) -> tuple[Layout, bool]:
+            asked.append((request.id, names, holders, engine.inbox.qsize()))
             return (Span("b", 0, 4),), True
 
-        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=find)
-        task = asyncio.ensure_future(anext(shard.Generate(ask("s", holders=[{"node": "b", "address": "there"}]), None)))
+        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=find, meet=met)
+        wanted = ask("s", already=[2, 3, 4, 5], holders=[{"node": "b", "address": "there"}])
+        task = asyncio.ensure_future(anext(shard.Generate(wanted, None)))
         while not engine.inbox.qsize():
             await asyncio.sleep(0)
-        assert asked == [("s", [("b", "there")], 0)]
+        names = prefix_hashes([1, 2, 3, 4], 4)
+        assert asked == [("s", names, [("b", "there")], 0)]
         heard = engine.inbox.get()
-        assert (heard.shared, heard.copy) == ((Span("b", 0, 4),), True)
+        assert (heard.names, heard.shared, heard.copy) == (names, (Span("b", 0, 4),), True)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert engine.inbox.get() == Cancel("s")
@@ -172,6 +183,40 @@ def test_a_request_that_is_handed_over_ends_here() -> None:
         assert (await task).finish_reason == MOVED and [each async for each in stream] == []
         heard = [engine.inbox.get() for _ in range(2)]
         assert heard[1] == HandOver(False) and not engine.inbox.qsize() and not shard.streams
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_leaves_says_so_and_goes_on_until_another_is_ready() -> None:
+    async def scenario() -> None:
+        engine: Any = FakeEngine()
+        shard = shard_of(engine)
+        stream = shard.Generate(ask("s"), None)
+        task = asyncio.ensure_future(anext(stream))
+        while not engine.inbox.qsize():
+            await asyncio.sleep(0)
+        shard.leave()
+        assert (await task).leaving
+        shard.publish([Output("s", (5,))])
+        assert list((await anext(stream)).tokens) == [5]
+        await shard.HandOver(pb.HandOverRequest(id="s"), None)
+        assert [engine.inbox.get() for _ in range(2)][1] == Pass("s")
+        await stream.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_nodes_are_met_before_anything_is_asked_of_them() -> None:
+    async def scenario() -> None:
+        asked: list[tuple[str, str]] = []
+
+        async def meet(node: str, address: str) -> None:
+            asked.append((node, address))
+
+        loop = asyncio.get_running_loop()
+        shard = ShardService(FakeEngine(), loop, 10, 4, max_waiting=8, find=nobody, meet=meet)
+        await shard.Meet(pb.MeetRequest(nodes=[{"node": "a", "address": "x"}, {"node": "b", "address": "y"}]), None)
+        assert asked == [("a", "x"), ("b", "y")]
 
     asyncio.run(scenario())
 
