@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from bench.machine import facts, say
@@ -44,7 +45,7 @@ def gaps(pool: processes.Cluster, prompt: list[int], told: signal.Signals | None
     if told is not None:
         pool.workers[home].wait()
         pool.start_worker_again(home)
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 def main() -> None:
