@@ -38,6 +38,7 @@ setup(
         "infinillm.kernels": ["cpu/*"],
         "infinillm.protos": ["*.proto", "*.pyi"],
         "infinillm.console": ["assets/*"],
+        "infinillm.sim": ["data/*"],
     },
     cmdclass={"build_py": BuildPy},
     entry_points={"console_scripts": ["infinillm = infinillm.__main__:main"]},

@@ -1,10 +1,11 @@
 """A long chaos run: thousands of requests while a seeded schedule of faults shakes a cluster; then an audit.
 
-    python -m bench.chaos [--seed 1] [--requests 3000] [--minutes 0] [--out bench/results/chaos-1.json]
+    python -m bench.chaos [--seed 1] [--requests 3000] [--minutes 0] [--policy proactive]
+                          [--out bench/results/chaos-1.json]
 
-A controller, a gateway and four workers with a tiny random model, as real processes on loopback. Workers are killed,
-one and two at once, stopped, told to end, joined, cut off and held up; the controller is killed and stopped; clients
-leave.
+Two controllers, a gateway and four workers with a tiny random model, as real processes on loopback. Workers are killed,
+one and two at once, stopped, told to end, joined, cut off and held up; either controller is killed and stopped, and
+both are killed at once; clients leave. Policy proactive orders moves meanwhile.
 Every answer is compared with that of one plain forward pass. Ends with status 1, the seed and what was done, where an
 answer was wrong, failed without a reason, or anything was left behind.
 """
@@ -21,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import facts, say
-from tests.e2e import chaos, faults
+from tests.e2e import audit, chaos, faults, pair
 from tests.e2e.chaos import Case, Result
 
-TOLD = ("request_resubmitted", "node_lost", "expired", "preempted", "controller_lost", "routed_alone", "lent", "moved")
+TOLD = (
+    *("request_resubmitted", "node_lost", "expired", "preempted", "controller_lost", "routed_alone", "leads"),
+    *("lent", "recalled", "ordered", audit.ORDERED, "moved", audit.MOVED),
+)
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -57,8 +61,10 @@ def told(result: Result) -> dict[str, Any]:
     """The result as JSON."""
     return {
         "seed": result.seed,
+        "policy": result.policy,
         "seconds": round(result.seconds, 1),
         "workers": len(chaos.WORKERS),
+        "controllers": len(pair.NAMES),
         "requests": len(result.cases),
         "verdicts": dict(result.verdicts),
         "by kind": summary(result.cases),
@@ -75,6 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--requests", type=int, default=3000, help="at least so many")
+    parser.add_argument("--policy", choices=("pooled", "proactive"), default="proactive")
     parser.add_argument("--minutes", type=float, default=0.0, help="at least so long")
     parser.add_argument(
         "--schedule", type=float, default=0.0, metavar="SECONDS", help="print what would be done, and end"
@@ -90,7 +97,9 @@ def main() -> int:
                 return 0
             print(fault)
     with tempfile.TemporaryDirectory() as folder:
-        result = chaos.run(chosen.logs or Path(folder), chosen.seed, chosen.requests, chosen.minutes, say)
+        result = chaos.run(
+            chosen.logs or Path(folder), chosen.seed, chosen.requests, chosen.minutes, chosen.policy, say
+        )
     found = told(result)
     print(
         table(

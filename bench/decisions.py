@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from infinillm.core.cost import Costs, Dense, Device, Link, roofline
 from infinillm.core.layout import grown, plan
@@ -40,7 +39,7 @@ from infinillm.core.ledger import (
 )
 from infinillm.core.policy import POLICIES
 from infinillm.core.request import Request, Sampling, Sequence
-from infinillm.core.scheduler import Budget, schedule
+from infinillm.core.scheduler import Budget, Here, Match, schedule
 from infinillm.core.types import AttentionShape, Ledger, Loan, Node, Span
 
 NODES, LOANS, SEQUENCES_EACH = 1000, 2000, 64
@@ -156,13 +155,13 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
         calls[f"plan proactive, {short} short, {count} orders"] = lambda b=books: proactive.plan(b, COSTS, BLOCK)
     sequences, room = running_sequences()
     budget = Budget(tokens=2048, sequences=RUNNING, block_size=BLOCK)
-    rest: dict[str, Any] = {"matches": {}, "patient": True, "own": sum(room.values()), "saved": ()}
-    step = schedule(1, sequences, [], room, budget, **rest)
+    here = Here(own=sum(room.values()), kept=0, saved=(), patient=True)
+    step = schedule(1, sequences, [], room, budget, here, lambda _: Match())
     assert len(step.chunks) == RUNNING
     assert step.grow
     layouts = {s.id: grown(s.layout, [g for g in step.grow if g.seq == s.id], BLOCK) for s in sequences}
     return calls | {
-        f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, **rest),
+        f"schedule {RUNNING} running": lambda: schedule(2, sequences, [], room, budget, here, lambda _: Match()),
         f"plan of a step, {RUNNING} running": lambda: plan(step, layouts, BLOCK),
     }
 

@@ -1,6 +1,6 @@
 """Policies under a memory-bound mix, side by side: many short prompts, and some that no worker could hold.
 
-    python -m bench.mix [--rounds 3] [--seconds 80] [--policies isolated,pooled,proactive] [--profile FILE]
+    python -m bench.mix [--rounds 3] [--warm 50] [--seconds 120] [--policies isolated,pooled,proactive] [--profile FILE]
 
 Every policy has a cluster of its own: three real workers of one thread each, with the same few K/V blocks. The clusters
 are asked in turn, for a window of so many seconds. In it a number of clients of each kind ask one request after the
@@ -9,8 +9,9 @@ other, each as soon as the last was answered:
     short  a prompt of 32 to 128 tokens and a long answer; many at once, so that even these queue for memory
     long   a document of 1.5 to 2.5 workers' memory and a short answer; policy isolated refuses it
 
-What counts are the tokens a client saw within the window: of the prompt when the first token of the answer came, then
-each token of the answer. Every request is waited for, though, and its answer compared with those of the other
+The window begins `--warm` seconds after the clients do, so that what is seen is a cluster under load, not one that
+fills. What counts are the tokens a client saw within the window: of the prompt when the first token of the answer came,
+then each token of the answer. Every request is waited for, though, and its answer compared with those of the other
 policies, token by token. A client that is refused asks its next after a second. Prompts are never asked twice.
 
 Measured are `mix`, with both kinds of clients, and `shorts`, with the short ones alone. Written:
@@ -129,42 +130,44 @@ async def counters(ours: Ours) -> dict[str, float]:
     return found
 
 
-async def ask(ours: Ours, window: Window, name: str, prompt: list[int], count: int, long: bool, stop: float) -> None:
+async def ask(
+    ours: Ours, window: Window, name: str, prompt: list[int], count: int, long: bool, start: float, stop: float
+) -> None:
     began = time.perf_counter()
     try:
         (reply,) = await ours.ask([prompt], count)
     except RuntimeError as error:
         if "blocks (" in str(error):
-            window.refused += 1
+            window.refused += time.perf_counter() >= start
             await asyncio.sleep(max(0.0, min(REFUSED_SECONDS, stop - time.perf_counter())))
         else:
             window.failed.append(f"{name}: {error}")
         return
     window.said[name] = reply.tokens
-    within = sum(began + at <= stop for at in reply.times)
-    read = len(prompt) if within else 0
+    within = sum(start <= began + at <= stop for at in reply.times)
+    read = len(prompt) if start <= began + reply.times[0] <= stop else 0
     window.prompt += read
     window.output += within
     if long:
         window.long_tokens += read + within
-    else:
+    elif began + reply.times[-1] >= start:
         window.latencies.append(reply.times[-1])
         window.firsts.append(reply.times[0])
-    window.served["long" if long else "short"] += within == count
+    window.served["long" if long else "short"] += start <= began + reply.times[-1] <= stop
 
 
-async def load(ours: Ours, mix: Mix, kind: str, name: str, prompts: Prompts, seconds: float) -> Window:
-    """All clients of a kind of load against one cluster for so long, and until the last is answered."""
+async def load(ours: Ours, mix: Mix, kind: str, name: str, prompts: Prompts, warm: float, seconds: float) -> Window:
+    """All clients of a kind of load against one cluster: to warm it up, for the window, and to the last answer."""
     window = Window()
-    before = await counters(ours)
-    stop = time.perf_counter() + seconds
+    start = time.perf_counter() + warm
+    stop = start + seconds
 
     async def client(long: bool, number: int) -> None:
         turn = number if long else 0
         while time.perf_counter() < stop:
             job = f"{name} {'long' if long else 'short'} {number} {turn}"
             length, count = mix.job(job, long, turn)
-            await ask(ours, window, job, prompts.make(job, length), count, long, stop)
+            await ask(ours, window, job, prompts.make(job, length), count, long, start, stop)
             turn += 1
 
     clients = [client(False, number) for number in range(mix.short_clients)]
@@ -172,7 +175,9 @@ async def load(ours: Ours, mix: Mix, kind: str, name: str, prompts: Prompts, sec
         clients += [client(True, number) for number in range(mix.long_clients)]
     running = [asyncio.create_task(each) for each in clients]
     try:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(warm)
+        before = await counters(ours)
+        await asyncio.sleep(stop - time.perf_counter())
         after = await counters(ours)
         window.counters = {key: value - before.get(key, 0.0) for key, value in after.items()}
         await asyncio.gather(*running)
@@ -227,7 +232,7 @@ async def compare(args: argparse.Namespace, folder: Path, mix: Mix) -> dict[str,
                         attempt: int, kind: str = kind, policy: str = policy, round_: int = round_
                     ) -> Window:
                         name = f"{kind} {round_} {attempt}"
-                        return await load(clusters[policy], mix, kind, name, prompts, args.seconds)
+                        return await load(clusters[policy], mix, kind, name, prompts, args.warm, args.seconds)
 
                     window, others = await quiet.take(sample)
                     told = {**window.told(args.seconds), "others": others}
@@ -244,6 +249,7 @@ async def compare(args: argparse.Namespace, folder: Path, mix: Mix) -> dict[str,
         "model": files.served_name(args.model),
         "dtype": "float32",
         "workers": WORKERS,
+        "warm_seconds": args.warm,
         "seconds": args.seconds,
         "load": asdict(mix),
         "answers_equal": equal(list(said.values())),
@@ -280,7 +286,8 @@ def main() -> None:
     parser.add_argument("--kinds", metavar="KIND,...", default=",".join(KINDS))
     parser.add_argument("--model", help="a Hugging Face folder, a GGUF file or a hub id; default: the default model")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=80.0, help="of one window")
+    parser.add_argument("--warm", type=float, default=50.0, help="seconds of load before a window")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of one window")
     parser.add_argument("--profile", type=Path, help="what `infinillm profile` wrote; default: measure one first")
     parser.add_argument("--quiet", type=float, default=0.2, help="cores others may use before a window is taken again")
     parser.add_argument("--tries", type=int, default=1, help="how often a window is taken at most")

@@ -70,6 +70,11 @@ examples, on the machine of a worker and with its settings:
 then:
   infinillm serve --policy proactive --profile profile.json
 """,
+    "simulate": """\
+examples, neither of which needs a GPU, or a model:
+  infinillm simulate --trace t1 --rate 8 --cluster 4x8xA100 --model Llama-2-13B
+  infinillm simulate --trace requests.jsonl --rate 0 --cluster 2x8xH100:tp2 --model Llama-3-70B --policy proactive
+""",
     "chat": """\
 examples:
   infinillm chat
@@ -123,6 +128,7 @@ class Command:
 COMMANDS = {
     "serve": Command(config.Serve, _console("serve")),
     "profile": Command(config.Profile, _console("profile")),
+    "simulate": Command(config.Simulate, _console("simulate")),
     "chat": Command(config.Chat, _console("chat")),
     "top": Command(config.Top, _console("top")),
     "demo": Command(config.Demo, _console("demo")),

@@ -295,10 +295,37 @@ class Profile:
         check(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulate:
+    """What a cluster that need not exist would do under some traffic, by policy."""
+
+    trace: str = option("sharegpt", "a workload by name (sharegpt, t0 to t8, ...) or a .csv or .jsonl FILE")
+    cluster: str = option("1x8xA100", "SERVERSxDEVICESxKIND, such as 4x8xH100 or 4x8xA100:tp8, or a .json FILE")
+    model: str = option("Llama-2-7B", "a model by name, or the config.json of a Hugging Face folder")
+    policy: str = option("isolated,pooled,proactive", "one or several, with commas between")
+    rate: float = option(20.0, "requests a second; of a file, 0 keeps the times in it", least=0, most=1e6)
+    requests: int = option(2000, "how many arrive", least=1, most=10**9)
+    seconds: float = option(0.0, "seconds of the cluster to simulate at most; 0: until all is answered", least=0, most=1e9)
+    seed: int = option(0, "of arrivals and lengths; equal seeds give equal histories", least=0, most=2**63 - 1)
+    dtype: str = option("bfloat16", "of weights and K/V", choices=DTYPES[1:])
+    block_size: int = option(16, "tokens per block", least=1, most=1024)
+    max_num_batched_tokens: int = option(2048, "most tokens computed in one step", least=1, most=2**20)
+    max_num_seqs: int = option(512, "most requests computed in one step", least=1, most=65536)
+    move_tokens_per_step: int = option(16, _MOVES, least=0, most=65536)
+    lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
+    heartbeat_seconds: float = option(0.5, "seconds between two heartbeats of a worker", least=0.01, most=60)
+    json: bool = option(False, "print a line of JSON for each policy")
+    sources: Mapping[str, str] = sources()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 PROCESSES: dict[str, type[Any]] = {
-    each.__name__.lower(): each for each in (Controller, Worker, Gateway, Serve, Prepare, Profile, Chat, Top, Demo)
+    each.__name__.lower(): each
+    for each in (Controller, Worker, Gateway, Serve, Prepare, Profile, Simulate, Chat, Top, Demo)
 }
-Config = TypeVar("Config", Controller, Worker, Gateway, Serve, Prepare, Profile, Chat, Top, Demo)
+Config = TypeVar("Config", Controller, Worker, Gateway, Serve, Prepare, Profile, Simulate, Chat, Top, Demo)
 
 
 def _cores() -> int:

@@ -24,6 +24,9 @@ NEEDED = (
     "infinillm/protos/shard_pb2.py",
     "infinillm/console/assets/logbook.txt",
     "infinillm/core/policy/pooled.py",
+    "infinillm/sim/traffic.py",
+    "infinillm/sim/data/devices.json",
+    "infinillm/sim/data/sharegpt.csv",
 )
 PROGRAM = """
 import sys, importlib.resources, pathlib

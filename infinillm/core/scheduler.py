@@ -3,7 +3,8 @@
 Running sequences come first, oldest first, then waiting ones as long as tokens, seats and blocks last. A sequence is
 admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve
 each other. One that was preempted comes back only when there is room for it to go on, twice as much each time, so
-that it is not thrown out for ever. Blocks are taken at home first, then on the nodes that already hold a part of the
+that it is not thrown out for ever. The youngest gives way, one that outgrows home only where no other can: what it
+would have to compute again is much, and lies elsewhere. Blocks are taken at home first, then on the nodes that already hold a part of the
 sequence, then where most is left. What lenders gave for sequences that outgrow home no other takes.
 """
 
@@ -26,6 +27,22 @@ class Budget:
     sequences: int
     block_size: int
     moves: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What holds at home beside the room.
+
+    own       blocks home has in all; a sequence that may come to need more outgrows it
+    kept      blocks of home that are for somebody who saves up: only what runs already may take them
+    saved     lenders whose blocks are for outgrown sequences only
+    patient   more blocks may still come (a loan is being asked for): wait rather than preempt
+    """
+
+    own: int
+    kept: int
+    saved: Collection[NodeId]
+    patient: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +98,14 @@ def schedule(
     waiting: Seq[Sequence],
     room: Mapping[NodeId, int],
     budget: Budget,
-    *,
+    here: Here,
     match: Callable[[Sequence], Match],
-    patient: bool,
-    own: int,
-    saved: Collection[NodeId],
 ) -> Step:
     """Decide one pass.
 
     running   oldest first; waiting in the order they are to be admitted
     room      blocks that may be taken on each node, home first
     match     what home has already of one that waits; asked only of those whose turn it is
-    patient   more blocks may still come (a loan is being asked for): wait rather than preempt
-    own       blocks home has in all; a sequence that may come to need more outgrows it
-    saved     lenders whose blocks are for such sequences only
     """
     size = budget.block_size
     left = dict(room)
@@ -106,7 +117,7 @@ def schedule(
     short = 0
 
     def barred(sequence: Sequence) -> Collection[NodeId]:
-        return saved if sequence.request.longest <= own * size else ()
+        return here.saved if sequence.request.longest <= here.own * size else ()
 
     def take(sequence: Sequence, layout: Layout, start: int, stop: int) -> int:
         """Reserve blocks for [start, stop) as far as there is room; returns the position up to which it has a place."""
@@ -139,14 +150,16 @@ def schedule(
         if placed > start:
             chunks.append(Chunk(sequence.id, start, placed))
             tokens -= placed - start
-        elif not patient and not preempt:
+        elif not here.patient and not preempt:
             scheduled = {chunk.seq for chunk in chunks}
-            victim = next(s for s in reversed(running) if s.id not in scheduled)
-            preempt.append(victim.id)
+            idle = [s for s in reversed(running) if s.id not in scheduled]
+            fits = [s for s in idle if s.request.longest <= here.own * size]
+            preempt.append((fits or idle)[0].id)
 
     admit: list[SeqId] = []
     reuse: list[Stretch] = []
     seats = budget.sequences - len(running)
+    left[home] = max(left[home] - here.kept, 0)
     if not preempt:
         for sequence in waiting:
             if tokens <= 0 or seats <= 0:
@@ -154,15 +167,15 @@ def schedule(
             found = match(sequence)
             if found.idle > left[home]:  # blocks taken above may evict what the cache has
                 found = NO_MATCH
-            ahead = ROOM_OUTGROWN if saved and not barred(sequence) else 0
+            ahead = ROOM_OUTGROWN if here.saved and not barred(sequence) else 0
             wanted = need(sequence, size, ahead, found)
             missing = wanted + found.idle - sum(left[node] for node in left.keys() - barred(sequence))
             if missing > 0:
                 short += missing
                 break  # first come, first served: nobody overtakes
             left[home] -= found.idle
-            here = [Grow(sequence.id, home, each.first, each.blocks) for each in found.there]
-            layout = grown(sequence.layout, here, size)
+            there = [Grow(sequence.id, home, each.first, each.blocks) for each in found.there]
+            layout = grown(sequence.layout, there, size)
             take(sequence, layout, 0, reserve(sequence, size, ahead))
             done = sequence.done
             for each in found.there:

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 
 from infinillm.core.layout import filled, grown, plan, without
 from infinillm.core.request import FINISHED, MOVED, Request, Sequence, total
-from infinillm.core.scheduler import Budget, need, schedule, shortage
+from infinillm.core.scheduler import Budget, Here, need, schedule, shortage
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.measures import count
 from infinillm.engine.messages import (
@@ -162,13 +162,10 @@ class Engine:
     def decide(self) -> Step:
         """The next step. The caller holds the locks of memory and lenders."""
         self._step += 1
-        waiting = self.waiting[:MOST_ADMITTED]
-        room = self.moves.beside({self.node: self.memory.blocks.room, **self.lenders.room()})
-        patient, own = not self._denied, self.memory.blocks.count
-        saved = {name for name, lender in self.lenders.accounts.items() if lender.saved}
-        return schedule(
-            self._step, self.running, waiting, room, self.budget, match=self.names.match, patient=patient, own=own, saved=saved
-        )
+        blocks, waiting = self.memory.blocks, self.waiting[:MOST_ADMITTED]
+        room = self.moves.beside({self.node: blocks.room, **self.lenders.room()})
+        here = Here(blocks.count, self.memory.kept_back(time.monotonic()), self.lenders.saved, not self._denied)
+        return schedule(self._step, self.running, waiting, room, self.budget, here, self.names.match)
 
     def commit(self, step: Step) -> None:
         """The only place where a decision changes sequences and books. The caller still holds the locks."""

@@ -24,6 +24,7 @@ import torch
 
 from infinillm import wire
 from infinillm.core.layout import firsts
+from infinillm.core.policy.orders import KEPT_SECONDS
 from infinillm.core.types import Loan, LoanId, Node, NodeId, Refused, Stretch, difference
 from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed, Stale
 from infinillm.pool.hear import Conversation, Holds, Name, Over, Release, Share, carry_out
@@ -84,6 +85,9 @@ class PoolService:
             name = f"{node}>{borrower}#{secrets.token_hex(6)}"
             blocks = min(request.blocks, max(self.memory.blocks.offer, request.least or request.blocks))
             result = self.memory.blocks.lend(borrower, blocks, now + self.loan_seconds, name)
+            if request.least:  # it saves up, and asks again for the rest
+                lacking = request.blocks - (0 if isinstance(result, Refused) else blocks)
+                self.memory.keep_back(lacking, now + KEPT_SECONDS)
             if not isinstance(result, Refused):
                 self.incarnations[borrower] = incarnation
         if isinstance(result, Refused):

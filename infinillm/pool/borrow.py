@@ -67,6 +67,12 @@ class Lenders:
             return {lender.node: lender.owed for lender in self.accounts.values() if lender.owed}
 
     @property
+    def saved(self) -> set[NodeId]:
+        """The lenders whose blocks are for sequences that outgrow home."""
+        with self.lock:
+            return {lender.node for lender in self.accounts.values() if lender.saved}
+
+    @property
     def recalling(self) -> list[NodeId]:
         """The lenders that want blocks back."""
         with self.lock:
@@ -356,12 +362,9 @@ class Lenders:
 
     async def _lend(self, node: NodeId, address: str, blocks: int, least: int) -> tuple[LoanId, int] | Refused:
         known = self.accounts.get(node)
+        loan = known.loan if known is not None else ""
         request = pb.LendRequest(
-            borrower=self.node,
-            borrower_incarnation=self.incarnation,
-            blocks=blocks,
-            loan=known.loan if known is not None else "",
-            least=least,
+            borrower=self.node, borrower_incarnation=self.incarnation, blocks=blocks, loan=loan, least=least
         )
         async with rpc.channel(address) as channel:
             reply = await rpc.Client(channel, POOL).Lend(request, timeout=RPC_SECONDS)

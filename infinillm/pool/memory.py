@@ -40,6 +40,14 @@ class Memory:
 
     def __init__(self, blocks: Blocks, store: Store):
         self.blocks, self.store, self.lock = blocks, store, RLock()
+        self._kept, self._kept_until = 0, 0.0
+
+    def keep_back(self, blocks: int, until: float) -> None:
+        """Admit nothing of our own to so many blocks before then: a borrower that saves up is to have them."""
+        self._kept, self._kept_until = blocks, until
+
+    def kept_back(self, now: float) -> int:
+        return self._kept if now < self._kept_until else 0
 
     @property
     def held_by_others(self) -> bool:

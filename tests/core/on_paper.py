@@ -17,7 +17,7 @@ from infinillm.core.ledger import Report, expecting, rebuild
 from infinillm.core.policy import Policy
 from infinillm.core.policy.orders import NOBODY, TURN_SECONDS, Turn
 from infinillm.core.request import Request, Sampling, Sequence
-from infinillm.core.scheduler import Budget, Match, need, schedule, shortage
+from infinillm.core.scheduler import Budget, Here, Match, need, schedule, shortage
 from infinillm.core.types import Ledger, Loan, Node, NodeId, Refused, SeqId, Step
 
 BEAT, RETRY, IDLE = 0.5, 0.25, 2.0  # seconds
@@ -164,17 +164,8 @@ class Pool:
         room = {place.id: place.blocks.room}
         for lender, loan in self.loans_of(place):
             room[lender.id] = loan.blocks - loan.used
-        step = schedule(
-            1,
-            place.running,
-            place.waiting[:8],
-            room,
-            BUDGET,
-            match=lambda _: Match(),
-            patient=not place.denied,
-            own=place.blocks.count,
-            saved=place.saved,
-        )
+        here = Here(place.blocks.count, 0, place.saved, not place.denied)
+        step = schedule(1, place.running, place.waiting[:8], room, BUDGET, here, lambda _: Match())
         sequences = {s.id: s for s in [*place.running, *place.waiting]}
         for seq in step.preempt:
             self.preempt(place, sequences[seq])

@@ -136,3 +136,18 @@ def test_what_was_saved_up_for_has_room_to_go_on() -> None:
     room = {"home": 10, "saver": 30}
     assert sum(g.blocks for g in decide(wait=[large], room=room, own=10, saved={"saver"}).grow) == 24
     assert sum(g.blocks for g in decide(wait=[large], room=room, own=10).grow) == 20
+
+
+def test_what_outgrows_home_gives_way_last() -> None:
+    old, small, large = running("old", 9, 8), running("small", 9, 8, room=8), running("large", 80, 79, room=80)
+    room = {"home": 0, "lender": 0}
+    assert decide(run=[old, small, large], room=room, own=10, patient=False).preempt == ("small",)
+    assert decide(run=[old, large], room={"home": 0}, own=10, patient=False).preempt == ()
+    thirsty = running("thirsty", 81, 80, room=80)
+    assert decide(run=[old, thirsty], room={"home": 0}, own=10, patient=False).preempt == ("thirsty",)
+
+
+def test_what_is_kept_for_one_who_saves_up_is_for_what_runs_already() -> None:
+    step = decide(run=[running("old", 9, 8, room=8)], wait=[sequence("new", 8)], room={"home": 3}, kept=2)
+    assert (step.admit, step.short, step.grow) == ((), 2, (Grow("old", "home", 8, 1),))
+    assert decide(wait=[sequence("new", 8)], room={"home": 4}, kept=2).admit == ("new",)

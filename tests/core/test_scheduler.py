@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from infinillm.core.layout import grown, reserved, uncovered
 from infinillm.core.request import Request, Sampling, Sequence
-from infinillm.core.scheduler import Budget, Match, schedule
+from infinillm.core.scheduler import Budget, Here, Match, schedule
 from infinillm.core.types import Chunk, Grow, Span, Stretch
 
 SIZE = 4
@@ -29,10 +29,10 @@ def running(
     return s
 
 
-def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, patient=True, own=100, saved=()):
-    found = matches or {}
-    rest = {"match": lambda s: found.get(s.id, Match()), "patient": patient, "own": own, "saved": saved}
-    return schedule(1, list(run), list(wait), room or {"home": 100}, budget, **rest)
+def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, patient=True, own=100, saved=(), kept=0):
+    found, here = matches or {}, Here(own, kept, saved, patient)
+    room = room or {"home": 100}
+    return schedule(1, list(run), list(wait), room, budget, here, lambda s: found.get(s.id, Match()))
 
 
 def test_a_prompt_is_admitted_whole_and_computed_in_chunks():
@@ -118,7 +118,7 @@ def test_any_run_stays_within_room_and_budget_and_everyone_finishes(data):
     for number in range(2000):
         if not waiting and not run:
             break
-        step = schedule(number, run, waiting, left, BUDGET, match=lambda _: Match(), patient=False, own=1000, saved=())
+        step = schedule(number, run, waiting, left, BUDGET, Here(1000, 0, (), False), lambda _: Match())
         assert sum(c.stop - c.start for c in step.chunks) <= BUDGET.tokens
         assert len({c.seq for c in step.chunks}) == len(step.chunks)
         assert not {c.seq for c in step.chunks} & set(step.preempt)

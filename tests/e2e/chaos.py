@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,27 +17,48 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 
+from infinillm.core.cost import Cost, Curve, to_plain
 from tests import tiny
-from tests.e2e import client
+from tests.e2e import audit, client
 from tests.e2e.client import Ending
 from tests.e2e.conftest import BLOCKS, FLAGS, MODEL, truth
 from tests.e2e.faults import GUEST, Fault, Faults, Lane
-from tests.e2e.processes import Cluster
+from tests.e2e.pair import Pair
 
 WORKERS = ("worker-0", "worker-1", "worker-2", "worker-3")
 PORTS = {"worker-0": "auto", "worker-1": "tcp", "worker-2": "stream", "worker-3": "auto", GUEST: "tcp"}
 LENGTHS, COUNT, SEEDS = (4, 16, 47, 90, 160, 300, 430, 620), 48, 2  # tokens; two workers hold the longest
 TOO_LONG = 1800  # tokens; more than all workers and a guest hold
-KINDS = {"whole": 34, "stream": 32, "sampled": 14, "left": 12, "vanished": 6, "too long": 2}
+LONG, LONG_COUNT = 210, 160  # tokens; nearly all of a worker, for seconds: blocks of theirs are worth moving
+KINDS = {"whole": 31, "stream": 27, "sampled": 12, "long": 12, "left": 10, "vanished": 6, "too long": 2}
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1}
 OFTEN = (6, 6, 6, 5, 4, 3, 2, 1)  # how often each length, against the others
 SMALL = "policy pooled offers"
-AT_A_TIME = 16
+AT_A_TIME, FEW = 16, 6  # requests: many and few take turns, because where all are full nobody has room to move to
+TIDE = 32  # requests of each turn
 PROGRESS_SECONDS = 5.0
 CALM_SECONDS = 60.0  # until nothing is left of what ran
 DRAIN_SECONDS = "6"
+MOVES_LOGGED = ("--log-level", "debug")
 MORE_FILES = 16  # that a process at rest may have open beyond those of the start
-DEFECTS = ("rpc_failed", "law_broken", "pass_failed", "superseded", "join_refused")  # events that must not be
+MANY = 400  # requests, in which policy proactive must have ordered something, and that must have been done
+
+
+def _line(start: float, end: float) -> Curve:
+    """Seconds at none and at 1,000 tokens or rows."""
+    return Curve(((0.0, start), (1000.0, end)))
+
+
+COST = Cost(  # a step takes as long whatever its batch: so room for one more is worth a move
+    dense=_line(0.01, 0.01),
+    attention=_line(0.0, 0.001),
+    question=_line(0.002, 0.002),
+    merging=_line(0.0001, 0.0001),
+    move=_line(0.0, 0.001),
+    prefill=_line(0.0, 0.1),
+    question_bytes=1584,
+    token_bytes=768,
+)
 
 
 class Case(NamedTuple):
@@ -74,6 +96,7 @@ class Result:
     """What became of a run."""
 
     seed: int
+    policy: str
     seconds: float = 0.0
     cases: list[Case] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -117,13 +140,14 @@ class Load:
 
     async def run(self, requests: int, minutes: float) -> None:
         """So many requests, or more until the time is over, some at a time."""
-        until, numbers = time.monotonic() + 60 * minutes, iter(range(1_000_000))
+        until, numbers, few = time.monotonic() + 60 * minutes, iter(range(1_000_000)), asyncio.Semaphore(FEW)
 
         async def seat() -> None:
             for number in numbers:
                 if number >= requests and time.monotonic() >= until:
                     return
-                await self._one(number)
+                async with few if number // TIDE % 2 else nullcontext():
+                    await self._one(number)
 
         await asyncio.gather(*(seat() for _ in range(AT_A_TIME)))
 
@@ -132,9 +156,13 @@ class Load:
         (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
         (length,), count, after = draw.choices(LENGTHS, OFTEN), draw.randint(1, COUNT), draw.random()
         prompt, want = truth(length, 30 if kind == "sampled" else 30 + draw.randrange(SEEDS), COUNT)
+        if kind == "long":
+            count = LONG_COUNT
+            prompt, want = truth(LONG, 30 + draw.randrange(SEEDS), count)
         deeds: dict[str, Callable[[], Awaitable[Ending]]] = {
             "whole": lambda: client.ask(self.http, prompt, count),
             "stream": lambda: client.ask(self.http, prompt, count, stream=True),
+            "long": lambda: client.ask(self.http, prompt, count, stream=True),
             "sampled": lambda: client.ask(self.http, prompt, COUNT, **SAMPLED, seed=length, stream=after < 0.5),
             "left": lambda: client.leave(self.http, prompt, 100, after=1 + int(after * 20)),
             "vanished": lambda: self._vanish(prompt, after),
@@ -157,9 +185,9 @@ class Load:
             return Ending("", [])
 
 
-def run(folder: Path, seed: int, requests: int, minutes: float, tell: Callable[[str], None]) -> Result:
+def run(folder: Path, seed: int, requests: int, minutes: float, policy: str, tell: Callable[[str], None]) -> Result:
     """Start a cluster, shake it under load, let it come to rest, and audit it. `tell` hears the progress."""
-    result, before = Result(seed), _shared_memory()
+    result, before = Result(seed, policy), audit.shared_memory()
     others = set(psutil.Process().children(recursive=True))
     lanes = {name: Lane() for name in (*WORKERS, GUEST)}
 
@@ -167,14 +195,19 @@ def run(folder: Path, seed: int, requests: int, minutes: float, tell: Callable[[
         port = str(lanes[name].aim())
         return ("--port", port, "--advertise", lanes[name].address, "--port-kind", PORTS[name])
 
-    flags = {**FLAGS, "worker": (*FLAGS["worker"], "--drain-seconds", DRAIN_SECONDS)}
-    made = Cluster(folder, str(tiny.folder(MODEL)), blocks=BLOCKS, flags=flags, of_worker=of_worker)
+    profile = folder / "profile.json"
+    profile.write_text(json.dumps(to_plain(COST)))
+    flags = {
+        "controller": (*FLAGS["controller"], "--policy", policy),
+        "worker": (*FLAGS["worker"], "--drain-seconds", DRAIN_SECONDS, "--profile", str(profile), *MOVES_LOGGED),
+    }
+    made = Pair(folder, str(tiny.folder(MODEL)), blocks=BLOCKS, flags=flags, of_worker=of_worker)
     tell("computing what the answers must be")
-    for length in LENGTHS:
+    for length, count in (*((each, COUNT) for each in LENGTHS), (LONG, LONG_COUNT)):
         for offset in range(SEEDS):
-            truth(length, 30 + offset, COUNT)
+            truth(length, 30 + offset, count)
     try:
-        tell("starting a controller, a gateway and four workers")
+        tell("starting two controllers, a gateway and four workers")
         made.start(len(WORKERS))  # by this thread: they die with the one that started them
         asyncio.run(_shaken(made, lanes, result, requests, minutes, tell))
         tell("at rest; the audit")
@@ -183,18 +216,21 @@ def run(folder: Path, seed: int, requests: int, minutes: float, tell: Callable[[
         result.defects.append(str(defect))
     finally:
         made.kill()
-    result.defects += _said(folder, result.events)
+    result.events, defects = audit.heard(folder)
+    result.defects += defects
+    if policy == "proactive" and len(result.cases) >= MANY:
+        result.defects += [f"nothing was {what}" for what in (audit.ORDERED, audit.MOVED) if not result.events[what]]
     if left := set(psutil.Process().children(recursive=True)) - others:
         result.defects += [
             f"left behind: {each}" for each in left if "resource_tracker" not in " ".join(each.cmdline())
         ]
-    if left_shared := _shared_memory() - before:
+    if left_shared := audit.shared_memory() - before:
         result.defects.append(f"left in shared memory: {left_shared}")
     return result
 
 
 async def _shaken(
-    pool: Cluster,
+    pool: Pair,
     lanes: dict[str, Lane],
     result: Result,
     requests: int,
@@ -239,22 +275,3 @@ async def _shaken(
 def _counts(cases: list[Case]) -> str:
     counted = Counter(case.verdict for case in cases)
     return ", ".join(f"{counted[verdict]:,} {verdict}" for verdict in sorted(counted)) or "none"
-
-
-def _said(folder: Path, events: Counter[str]) -> list[str]:
-    """Count what the processes logged; returns what none of them may say."""
-    defects = []
-    for path in sorted(folder.glob("*.log")):
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                said = json.loads(line)
-                events[str(said["event"])] += 1
-            except (ValueError, TypeError, KeyError):  # half a line, by one that was killed
-                continue
-            if said["event"] in DEFECTS or "traceback" in said:
-                defects.append(f"{path.stem}: {line[:1500]}")
-    return defects
-
-
-def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()

@@ -1,4 +1,4 @@
-"""Faults for a cluster of real processes: a schedule drawn from a seed, and the hands that carry it out."""
+"""Faults for a cluster with two controllers: a schedule drawn from a seed, and the hands that carry it out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from tests.e2e.processes import Cluster
+from tests.e2e.pair import NAMES, Pair
 
 LOCALHOST = "127.0.0.1"
 KINDS = {  # what happens, and how often against the others
@@ -21,14 +21,15 @@ KINDS = {  # what happens, and how often against the others
     "guest": 2,  # one worker more joins; the next time it leaves
     "cut": 8,  # every gRPC connection to a worker is reset
     "hold": 6,  # nothing passes to or from a worker's gRPC port, then all of it does
-    "kill controller": 3,
-    "stop controller": 3,
+    "kill controller": 4,  # one of the two, whether it leads or stands by
+    "stop controller": 4,
+    "kill controllers": 1,  # both at once: nobody leads until one is back
 }
 PAUSE, LEAST_PAUSE = 1.5, 0.3  # seconds between two faults: on average beyond the least, and at least
 SHORTEST, LONGEST = 0.2, 6.0  # seconds a fault lasts: short ones are not noticed, long ones are
 LEAST_UP = 2  # workers that are well at any time
 END_SECONDS = 60.0
-GUEST, CONTROLLER = "guest", "controller"
+GUEST = "guest"
 
 
 class Fault(NamedTuple):
@@ -119,7 +120,7 @@ class Lane:
 class Faults:
     """Carries a schedule out, as far as enough workers stay well, and heals everything in the end."""
 
-    def __init__(self, pool: Cluster, names: Sequence[str], lanes: dict[str, Lane], tell: Callable[[str], None]):
+    def __init__(self, pool: Pair, names: Sequence[str], lanes: dict[str, Lane], tell: Callable[[str], None]):
         self.pool, self.names, self.lanes, self.tell = pool, names, lanes, tell
         self.down: set[str] = set()
         self.done: list[Fault] = []
@@ -151,12 +152,17 @@ class Faults:
             del self.pool.workers[GUEST]
 
     def _hit(self, fault: Fault) -> set[str]:
-        if fault.kind.endswith(CONTROLLER):
-            return {CONTROLLER}
-        if fault.kind == "guest":
-            return {GUEST}
-        following = self.names[(fault.who + 1) % len(self.names)]
-        return {self.names[fault.who], following} if fault.kind == "kill two" else {self.names[fault.who]}
+        match fault.kind:
+            case "kill controllers":
+                return set(NAMES)
+            case "kill controller" | "stop controller":
+                return {NAMES[fault.who % len(NAMES)]}
+            case "guest":
+                return {GUEST}
+            case "kill two":
+                return {self.names[fault.who], self.names[(fault.who + 1) % len(self.names)]}
+            case _:
+                return {self.names[fault.who]}
 
     async def _carry_out(self, fault: Fault, hit: Sequence[str]) -> None:
         self.tell(f"{fault.kind} {' '.join(hit)}, {fault.lasts} s")
@@ -181,12 +187,14 @@ class Faults:
                     self.lanes[hit[0]].flowing.clear()
                     await asyncio.sleep(fault.lasts)
                     self.lanes[hit[0]].flowing.set()
-                case "kill controller":
-                    self.pool.controller.kill()
+                case "kill controller" | "kill controllers":
+                    for name in hit:
+                        self.pool.controllers[name].kill()
                     await asyncio.sleep(fault.lasts)
-                    await asyncio.to_thread(self.pool.start_controller_again().ready)
+                    for process in [self.pool.start_one_again(name) for name in hit]:
+                        await asyncio.to_thread(process.ready)
                 case "stop" | "stop controller":
-                    process = self.pool.controller if fault.kind.endswith(CONTROLLER) else self.pool.workers[hit[0]]
+                    process = {**self.pool.workers, **self.pool.controllers}[hit[0]]
                     process.signal(signal.SIGSTOP)
                     await asyncio.sleep(fault.lasts)
                     process.signal(signal.SIGCONT)

@@ -126,12 +126,20 @@ class Cluster:
 
     def start(self, workers: int) -> None:
         """A controller, a gateway, and worker-0 and so on."""
-        self.controller = self._start("controller", "controller", "--port", "0")
-        self.address = self.controller.ready()["address"]
+        self.start_controllers()
         self.gateway = self._start("gateway", "gateway", "--port", "0", "--controller", self.address, *self._model)
         for index in range(workers):
             self.add_worker(f"worker-{index}")
         self.ready()
+
+    def start_controllers(self) -> None:
+        self.controller = self._start("controller", "controller", "--port", "0")
+        self.address = self.controller.ready()["address"]
+
+    @property
+    def keepers(self) -> list[Process]:
+        """Who keeps the ledger."""
+        return [self.controller]
 
     @property
     def _model(self) -> tuple[str, ...]:
@@ -159,7 +167,7 @@ class Cluster:
 
     @property
     def processes(self) -> list[Process]:
-        return [self.gateway, *self.workers.values(), self.controller]
+        return [self.gateway, *self.workers.values(), *self.keepers]
 
     @property
     def url(self) -> str:
@@ -240,7 +248,7 @@ class Cluster:
     def end(self) -> None:
         """SIGTERM to who asks before who is asked; each must end with 0, and none stay."""
         codes = {}
-        for those in ([self.gateway], list(self.workers.values()), [self.controller]):
+        for those in ([self.gateway], list(self.workers.values()), self.keepers):
             for process in those:
                 process.signal(signal.SIGTERM)
             codes |= {process.name: process.wait() for process in those}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
-from tests.e2e import chaos
+from tests.e2e import audit, chaos
 from tests.e2e.chaos import Case, Result
 from tests.e2e.client import Ending
 from tests.e2e.faults import KINDS, SHORTEST, Fault, schedule
 
-SEED, REQUESTS, MINUTES = 59, 40, 0.25  # whose first quarter of a minute has a bit of everything
+SEED, REQUESTS, MINUTES = 2262, 40, 0.25  # whose first quarter of a minute has a bit of everything
 FEW = 0.1  # of all requests may fail, each with a reason
 
 
@@ -33,7 +34,7 @@ def test_the_audit_sees() -> None:
         "refused": fine._replace(kind="too long", ending=Ending("", [], status=400, error={"message": "too long"})),
     }
     assert {name: case.verdict for name, case in cases.items()} == {name: name for name in cases}
-    assert Result(SEED, cases=list(cases.values())).trouble() == ""
+    assert Result(SEED, "pooled", cases=list(cases.values())).trouble() == ""
     wrong = [
         fine._replace(ending=Ending("", [1, 3], "length")),
         fine._replace(ending=Ending("", [1], "length")),
@@ -43,14 +44,43 @@ def test_the_audit_sees() -> None:
         fine._replace(kind="too long", ending=Ending("", [1, 2], "length")),
     ]
     assert {case.verdict for case in wrong} == {"wrong"}
-    told = Result(SEED, cases=wrong, faults=[Fault(1.0, "kill", 2, 0.5)]).trouble()
+    told = Result(SEED, "pooled", cases=wrong, faults=[Fault(1.0, "kill", 2, 0.5)]).trouble()
     assert f"seed {SEED}" in told and "kill" in told
 
 
+def test_the_audit_hears(tmp_path: Path) -> None:
+    """What no process may log, two leaders of one epoch, an older epoch believed, and moves that make room."""
+    order = {"event": "ordered", "request": "r", "source": "a", "target": "b", "reason": "room for 1 waiting request"}
+    logs: dict[str, list[dict[str, object]]] = {
+        "controller-one": [{"event": "leads", "epoch": 5}, order, {**order, "target": "c", "reason": "a circle"}],
+        "controller-two": [{"event": "leads", "epoch": 6}],
+        "worker-0": [{"event": "member", "epoch": epoch} for epoch in (5, 6, 6)],
+        "worker-1": [{"event": "moved", "request": "r", "source": "a", "target": target} for target in "bbc"],
+    }
+
+    def heard() -> audit.Heard:
+        for name, lines in logs.items():
+            (tmp_path / f"{name}.log").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "half')
+        return audit.heard(tmp_path)
+
+    events, defects = heard()
+    assert not defects
+    assert (events["leads"], events["moved"], events["ordered"]) == (2, 3, 2)
+    assert (events[audit.ORDERED], events[audit.MOVED]) == (1, 2)
+    logs["controller-two"] += [{"event": "leads", "epoch": 5}]
+    logs["worker-0"] += [
+        {"event": "member", "epoch": 5},
+        {"event": "pass_failed"},
+        {"event": "library", "traceback": ""},
+    ]
+    assert [each.partition(": ")[0] for each in heard().defects] == ["epoch 5", *["worker-0"] * 3]
+
+
 def test_a_short_seed(tmp_path: Path) -> None:
-    result = chaos.run(tmp_path, SEED, REQUESTS, MINUTES, print)
+    result = chaos.run(tmp_path, SEED, REQUESTS, MINUTES, "proactive", print)
     assert not result.trouble(), result.trouble()
     assert len(result.cases) >= REQUESTS and result.verdicts["exact"] >= REQUESTS // 2
     assert len(result.failed) <= FEW * len(result.cases), Counter(case.reason for case in result.failed)
     assert {fault.kind for fault in result.faults} >= {"kill", "cut", "kill controller"}
     assert result.events["request_resubmitted"]
+    assert result.events["leads"] >= 2  # the first leader is among those killed

@@ -11,82 +11,26 @@ from contextlib import contextmanager
 
 import pytest
 
-from infinillm import rpc
 from infinillm.errors import Unavailable
-from infinillm.protos import controller_pb2 as pb
 from tests import tiny
 from tests.e2e import client
 from tests.e2e.conftest import BLOCKS, FLAGS, MODEL, truth
-from tests.e2e.processes import ANSWER_SECONDS, CONTROLLER, Cluster, Process, until
+from tests.e2e.pair import LEASE_SECONDS, SOON, Pair
+from tests.e2e.processes import until
 
-LEASE_SECONDS = 2.0
-SOON = 3 * LEASE_SECONDS  # for another one to lead: the lease, a look, and a busy machine
 COUNT, LENGTH = 300, 450  # of a request that runs all the while, in memory of two workers
 
 
-class Pair(Cluster):
-    """A cluster with two controllers."""
-
-    def start(self, workers: int) -> None:
-        self.lease = ("--lease", f"file:{self.folder}/lease", "--lease-seconds", str(LEASE_SECONDS))
-        self.controllers = {name: self.start_controller(name, "0") for name in ("one", "two")}
-        self.ports = {name: each.ready()["address"].rpartition(":")[2] for name, each in self.controllers.items()}
-        self.address = ",".join(each.ready()["address"] for each in self.controllers.values())
-        self.gateway = self._start("gateway", "gateway", "--port", "0", "--controller", self.address, *self._model)
-        for index in range(workers):
-            self.add_worker(f"worker-{index}")
-        self.ready()
-
-    def start_controller(self, name: str, port: str) -> Process:
-        return self._start(f"controller-{name}", "controller", "--port", port, *self.lease)
-
-    @property
-    def processes(self) -> list[Process]:
-        return [self.gateway, *self.workers.values(), *self.controllers.values()]
-
-    def asked(self, name: str) -> pb.SnapshotResponse:
-        """The ledger of one of the two. Raises Unavailable where it does not lead, or is not there."""
-        with rpc.blocking_channel(f"127.0.0.1:{self.ports[name]}") as channel:
-            found: pb.SnapshotResponse = rpc.BlockingClient(channel, CONTROLLER).Snapshot(
-                pb.SnapshotRequest(), timeout=ANSWER_SECONDS
-            )
-            return found
-
-    def leader(self, *among: str) -> str:
-        """Who leads now; empty: nobody of these. There are never two."""
-        leads = []
-        for name in among or tuple(self.controllers):
-            try:
-                self.asked(name)
-                leads.append(name)
-            except Unavailable:
-                pass
-        assert len(leads) < 2, leads
-        return "".join(leads)
-
-    def ledger(self) -> pb.SnapshotResponse:
-        return self.asked(until(self.leader, "a leader", SOON))
-
-    def books_agree(self) -> bool:
-        """Whether the ledger knows every loan and what it is made of, while all goes on; `settle` compares the rest."""
-        ledger = self.ledger()
-        said = [self.books(name) for name in self.workers]
-        return (
-            {node.id: (node.incarnation, node.lent, node.borrowed) for node in ledger.nodes}
-            == {s.node.id: (s.node.incarnation, s.node.lent, s.node.borrowed) for s in said}
-            and {loan.id: loan.blocks for loan in ledger.loans}
-            == {loan.id: loan.blocks for s in said for loan in s.loans}
-            and not ledger.settling
-        )
-
-    def end(self) -> None:
-        for name in self.controllers:
-            self.controllers[name].signal(signal.SIGCONT)
-        self.controller = self.controllers["one"]  # ended with the rest
-        other = self.controllers["two"]
-        assert other.end() == 0, other.last_words
-        for process in (self.gateway, *self.workers.values(), self.controller):
-            assert process.end() == 0, process.last_words
+def books_agree(pair: Pair) -> bool:
+    """Whether the ledger knows every loan and what it is made of, while all goes on; `settle` compares the rest."""
+    ledger = pair.ledger()
+    said = [pair.books(name) for name in pair.workers]
+    return (
+        {node.id: (node.incarnation, node.lent, node.borrowed) for node in ledger.nodes}
+        == {s.node.id: (s.node.incarnation, s.node.lent, s.node.borrowed) for s in said}
+        and {loan.id: loan.blocks for loan in ledger.loans} == {loan.id: loan.blocks for s in said for loan in s.loans}
+        and not ledger.settling
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +100,10 @@ def test_when_the_leader_is_gone_the_other_one_leads_within_seconds_and_nobody_n
         led = time.monotonic() - began
         until(lambda: len(pair.asked(new).nodes) == 3, "every worker has joined there", SOON)
         joined = time.monotonic() - began
-        until(pair.books_agree, "the ledger is the nodes' own books", SOON)
+        until(lambda: books_agree(pair), "the ledger is the nodes' own books", SOON)
         if how == signal.SIGKILL:
             gone.wait()
-            pair.controllers[old] = pair.start_controller(old, pair.ports[old])
-            pair.controllers[old].ready()
+            pair.start_one_again(old).ready()
         else:
             gone.signal(signal.SIGCONT)  # it has not heard of anything
         with pytest.raises(Unavailable, match=f"stands by; .*{pair.ports[new]} leads|none that it knows of"):
@@ -191,5 +134,4 @@ def test_a_leader_that_is_told_to_end_is_followed_within_a_second(pair: Pair) ->
         assert pair.controllers[old].end() == 0
         until(lambda: pair.leader(new), "the other one leads", 1.0 + LEASE_SECONDS / 5)
         until(lambda: len(pair.asked(new).nodes) == 3, "every worker has joined there", SOON)
-    pair.controllers[old] = pair.start_controller(old, pair.ports[old])
-    pair.controllers[old].ready()
+    pair.start_one_again(old).ready()

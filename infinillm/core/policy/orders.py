@@ -32,6 +32,7 @@ class MoveBlocks:
 
 
 TURN_SECONDS = 10.0  # who saves asks once a step, and steps with much to compute take seconds
+KEPT_SECONDS = 1.0  # for which a lender keeps what comes free for who saves up, unless that one asks again
 
 
 class Turn(NamedTuple):

@@ -1,0 +1,153 @@
+"""What the elastic planner is told of a cluster, and what it answers with.
+
+A slot keeps the K/V of one token, all layers. An instance is one replica of the weights with its slots. The instances
+that work on one batch are its group; their number is its degree of parallelism (dop). Times are seconds, lengths
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from infinillm.core.types import NodeId, SeqId
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One elastic instance. Instances at one `place` (a server) have the better links between them."""
+
+    id: NodeId
+    slots: int
+    used: int
+    place: str
+
+    @property
+    def free(self) -> int:
+        return self.slots - self.used
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that waits: its input of `tokens` (one or more), and the output it may come to have."""
+
+    id: SeqId
+    tokens: int
+    arrived: float
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request that decodes: the tokens of its K/V on each instance, its output so far and still to come at most.
+
+    `seconds` it has been decoding.
+    """
+
+    id: SeqId
+    arrived: float
+    held: Mapping[NodeId, int]
+    produced: int
+    left: int
+    seconds: float
+
+    @property
+    def context(self) -> int:
+        """Tokens of K/V, wherever they lie."""
+        return sum(self.held.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests that decode together, in the order in which masters share them."""
+
+    requests: tuple[Running, ...]
+
+    @property
+    def group(self) -> tuple[NodeId, ...]:
+        """The instances that hold K/V of it."""
+        return tuple(sorted({name for each in self.requests for name, tokens in each.held.items() if tokens}))
+
+    @property
+    def context(self) -> int:
+        return sum(each.context for each in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All the planner knows at the start of a macro-iteration.
+
+    `average_decode`: seconds that requests spent decoding, on average of those that ended. Requests no pool of this
+    size can hold are refused before they come here: they would stop the queue.
+    """
+
+    instances: tuple[Instance, ...]
+    waiting: tuple[Waiting, ...]
+    batches: tuple[Batch, ...]
+    average_decode: float
+
+
+class Kept(NamedTuple):
+    """After the prefill `instance` keeps the K/V of tokens [start, stop) of a request."""
+
+    instance: NodeId
+    seq: SeqId
+    start: int
+    stop: int
+
+
+class Master(NamedTuple):
+    """An instance that runs the dense layers of these requests, and keeps their new K/V."""
+
+    instance: NodeId
+    requests: tuple[SeqId, ...]
+
+
+class Migration(NamedTuple):
+    """`tokens` of K/V of a request go from one instance to another before the macro-iteration begins."""
+
+    seq: SeqId
+    source: NodeId
+    target: NodeId
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A batch to prefill on a group, striped over it; afterwards it lies as `kept` says. `seconds` is predicted."""
+
+    requests: tuple[SeqId, ...]
+    group: tuple[NodeId, ...]
+    kept: tuple[Kept, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A batch to decode on a group, some of which are its masters. `seconds` of a step are predicted."""
+
+    requests: tuple[SeqId, ...]
+    group: tuple[NodeId, ...]
+    masters: tuple[Master, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One macro-iteration. Groups are disjoint; every running request decodes, is preempted or is evicted.
+
+    `preempted` requests keep their K/V and wait for the prefill on their instances. `evicted` ones lose theirs, and
+    have to be prefilled again: there is no slot for their next token.
+    """
+
+    prefills: tuple[Prefill, ...]
+    decodes: tuple[Decode, ...]
+    migrations: tuple[Migration, ...]
+    preempted: tuple[SeqId, ...]
+    evicted: tuple[SeqId, ...]
+
+
+def free(instances: Iterable[Instance]) -> int:
+    """Slots free on all of them."""
+    return sum(each.free for each in instances)

@@ -1,0 +1,70 @@
+"""A cluster with two controllers, one of which leads by a lease in the cluster's folder."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+
+from infinillm import rpc
+from infinillm.errors import Unavailable
+from infinillm.protos import controller_pb2 as pb
+from tests.e2e.processes import ANSWER_SECONDS, CONTROLLER, Cluster, Process, until
+
+LEASE_SECONDS = 2.0
+SOON = 3 * LEASE_SECONDS  # for another one to lead: the lease, a look, and a busy machine
+NAMES = ("one", "two")
+
+
+class Pair(Cluster):
+    """See `Cluster`; everybody is told of both controllers."""
+
+    def start_controllers(self) -> None:
+        self.lease = ("--lease", f"file:{self.folder}/lease", "--lease-seconds", str(LEASE_SECONDS))
+        self.controllers: dict[str, Process] = {}
+        self.ports: dict[str, str] = {}
+        for name in NAMES:  # one after the other: the first one leads first
+            self.controllers[name] = self.start_controller(name, "0")
+            self.ports[name] = self.controllers[name].ready()["address"].rpartition(":")[2]
+        self.address = ",".join(each.said["address"] for each in self.keepers)
+
+    def start_controller(self, name: str, port: str) -> Process:
+        return self._start(f"controller-{name}", "controller", "--port", port, *self.lease)
+
+    def start_one_again(self, name: str) -> Process:
+        """Where it was; the old one must be dead. The new one is not waited for."""
+        self.controllers[name] = self.start_controller(name, self.ports[name])
+        return self.controllers[name]
+
+    @property
+    def keepers(self) -> list[Process]:
+        return list(self.controllers.values())
+
+    def asked(self, name: str) -> pb.SnapshotResponse:
+        """The ledger of one of the two. Raises Unavailable where it does not lead, or is not there."""
+        with rpc.blocking_channel(f"127.0.0.1:{self.ports[name]}") as channel:
+            found: pb.SnapshotResponse = rpc.BlockingClient(channel, CONTROLLER).Snapshot(
+                pb.SnapshotRequest(), timeout=ANSWER_SECONDS
+            )
+            return found
+
+    def leading(self, *among: str) -> dict[str, pb.SnapshotResponse]:
+        """The ledger of the one who leads now, by its name; empty: nobody of these. There are never two."""
+        found = {}
+        for name in among or tuple(self.controllers):
+            with suppress(Unavailable):
+                found[name] = self.asked(name)
+        assert len(found) < 2, list(found)
+        return found
+
+    def leader(self, *among: str) -> str:
+        """Who leads now; empty: nobody of these."""
+        return "".join(self.leading(*among))
+
+    def ledger(self) -> pb.SnapshotResponse:
+        (found,) = until(self.leading, "a leader", SOON).values()
+        return found
+
+    def end(self) -> None:
+        for each in self.controllers.values():
+            each.signal(signal.SIGCONT)
+        super().end()
