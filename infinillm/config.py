@@ -305,7 +305,9 @@ class Simulate:
     policy: str = option("isolated,pooled,proactive", "one or several, with commas between")
     rate: float = option(20.0, "requests a second; of a file, 0 keeps the times in it", least=0, most=1e6)
     requests: int = option(2000, "how many arrive", least=1, most=10**9)
-    seconds: float = option(0.0, "seconds of the cluster to simulate at most; 0: until all is answered", least=0, most=1e9)
+    seconds: float = option(
+        0.0, "seconds of the cluster to simulate at most; 0: until all is answered", least=0, most=1e9
+    )
     seed: int = option(0, "of arrivals and lengths; equal seeds give equal histories", least=0, most=2**63 - 1)
     dtype: str = option("bfloat16", "of weights and K/V", choices=DTYPES[1:])
     block_size: int = option(16, "tokens per block", least=1, most=1024)

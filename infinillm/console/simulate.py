@@ -1,4 +1,4 @@
-"""`infinillm simulate`: what a cluster would do under some traffic, by policy, in the seconds it takes to compute that."""
+"""`infinillm simulate`: what a cluster would do under some traffic, by policy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from infinillm.sim.statistics import Spread, Tally
 from infinillm.sim.traffic import workload
 
 TELL_EVERY = 4096  # events
+WIDTH = 120  # of what is no terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,12 @@ class Outcome:
 
 
 def _told(spread: Spread) -> dict[str, float]:
-    found = {"mean": spread.mean, "p50": spread.quantile(0.5), "p90": spread.quantile(0.9), "p99": spread.quantile(0.99)}
+    found = {
+        "mean": spread.mean,
+        "p50": spread.quantile(0.5),
+        "p90": spread.quantile(0.9),
+        "p99": spread.quantile(0.99),
+    }
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
@@ -68,10 +74,8 @@ def run(settings: config.Simulate) -> None:
     if len(set(names)) < len(names):
         raise BadRequest(f"policy names {settings.policy!r}, one of them twice", field="policy")
     place = cluster(settings.cluster, read_size(settings.model, settings.block_size, settings.dtype))
-    outcomes = []
     with Progress() as progress:
-        for policy in chosen:
-            outcomes.append(simulated(settings, place, policy, progress))
+        outcomes = [simulated(settings, place, policy, progress) for policy in chosen]
     if settings.json:
         for outcome in outcomes:
             print(json.dumps(outcome.told()))
@@ -79,6 +83,8 @@ def run(settings: config.Simulate) -> None:
     nodes = place.sites
     tokens = sum(site.blocks for site in nodes) * settings.block_size
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
     console.print(
         f"{settings.requests:,} requests of {settings.trace} at {settings.rate:g} a second, {settings.model} on "
         f"{settings.cluster}: {len(nodes):,} workers, K/V of {tokens:,} tokens",
@@ -127,8 +133,19 @@ def table(outcomes: list[Outcome]) -> Table:
     """One row a policy."""
     found = Table(box=None, pad_edge=False, header_style="bold")
     found.add_column("policy")
-    for head in ("tokens/s", "served", "refused", "first p50", "p99", "token p50", "p99", "latency p50", "p99", "gave way"):
-        found.add_column(head, justify="right")
+    for head in (
+        "tokens/s",
+        "served",
+        "refused",
+        "first p50",
+        "p99",
+        "token p50",
+        "p99",
+        "latency p50",
+        "p99",
+        "gave way",
+    ):
+        found.add_column(head, justify="right", no_wrap=True)
     for each in outcomes:
         told, tally = each.told(), each.tally
         times = [

@@ -4,8 +4,9 @@ Running sequences come first, oldest first, then waiting ones as long as tokens,
 admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve
 each other. One that was preempted comes back only when there is room for it to go on, twice as much each time, so
 that it is not thrown out for ever. The youngest gives way, one that outgrows home only where no other can: what it
-would have to compute again is much, and lies elsewhere. Blocks are taken at home first, then on the nodes that already hold a part of the
-sequence, then where most is left. What lenders gave for sequences that outgrow home no other takes.
+would have to compute again is much, and most of it lies elsewhere. Blocks are taken at home first, then on the nodes
+that already hold a part of the sequence, then where most is left. What lenders gave for sequences that outgrow home no
+other takes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,19 @@ from infinillm.core.request import Interval, Request
 from infinillm.core.types import Layout, Refused, SeqId, TokenLogprob
 from infinillm.errors import InfinillmError
 
-__all__ = ["Borrowed", "Cancel", "HandOver", "Load", "Message", "MoveBlocks", "Output", "Pass", "Placement", "Stop", "Submit"]
+__all__ = [
+    "Borrowed",
+    "Cancel",
+    "HandOver",
+    "Load",
+    "Message",
+    "MoveBlocks",
+    "Output",
+    "Pass",
+    "Placement",
+    "Stop",
+    "Submit",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +44,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`names`: of its first blocks, as many as are known. `shared`: blocks that other nodes keep for it already, worth a
-    `copy` here or not.
-    """
+    """`names`: of its first blocks, as many as are known. `shared`: blocks that other nodes keep for it, to `copy` here."""
 
     request: Request
     names: Sequence[bytes] = ()

@@ -117,7 +117,7 @@ class Simulation:
         """Ask for `output` tokens after a prompt of so many, now; `then` hears how it ended."""
         self.asked += 1
         size, now = self.budget.block_size, self.now
-        for node, each in self.promised.items():
+        for each in self.promised.values():
             while each and each[0][0] < now - ARRIVAL_SECONDS - self.beat_seconds:
                 each.popleft()
         sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}

@@ -37,7 +37,7 @@ class Spread:
         for bucket in sorted(self.buckets):
             seen += self.buckets[bucket]
             if seen >= wanted:
-                return min(GROWTH ** (bucket - 0.5), self.most)
+                return min(math.exp((bucket - 0.5) * math.log(GROWTH)), self.most)
         return 0.0
 
 

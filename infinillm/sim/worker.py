@@ -40,7 +40,8 @@ INCARNATION = "1"
 class World(Protocol):
     """What a worker sees of the cluster around it."""
 
-    now: float
+    @property
+    def now(self) -> float: ...
 
     def at(self, when: float, do: Callable[[], None]) -> None: ...
 

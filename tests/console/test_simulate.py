@@ -36,7 +36,7 @@ def test_equal_seeds_tell_the_same_and_others_do_not(capsys: pytest.CaptureFixtu
 
 
 def test_what_no_worker_holds_is_refused_where_nothing_is_shared(capsys: pytest.CaptureFixture[str]) -> None:
-    alone, pooled = told(capsys, trace="t6", rate=1.0, policy="isolated,pooled")
+    alone, pooled = told(capsys, trace="t3", rate=1.0, policy="isolated,pooled")
     assert alone["refused"] > pooled["refused"] == 0
     assert pooled["served"] == 60
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from infinillm.core.blocks import Blocks
-from infinillm.core.cost import Cost, Curve
+from infinillm.core.cost import Cost, Curve, Link
 from infinillm.core.ledger import Report, rebuild
 from infinillm.core.policy import POLICIES
 from infinillm.core.policy.orders import NOBODY, TURN_SECONDS, Turn
+from infinillm.core.scheduler import Budget
 from infinillm.core.types import Grow, Ledger, Loan, Node, NodeId, Refused
-from tests.core.on_paper import BLOCK, Place, Pool
+from infinillm.sim.hardware import Cluster, Site
+from infinillm.sim.simulation import Ending, Simulation
 from tests.core.test_cost import LLAMA_H100
 from tests.core.test_scheduler import decide, running, sequence
 
@@ -26,16 +28,17 @@ SMALL: Cost = replace(
     merging=Curve(((1, 0.0002), (16, 0.0003))),
     prefill=Curve(((0, 0.0), (512, 0.936), (1024, 2.099), (1536, 3.354), (2048, 4.801))),
 )
-KV_BLOCKS, SECONDS = 32, 120.0
+BLOCK, KV_BLOCKS, WARM, SECONDS = 16, 32, 50.0, 110.0
 SHORTS, LONGS = 18, 2  # clients
 SHARES = (2.0, 1.5, 2.5)  # of a worker's memory
 
 
 def served(policy: str, longs: int) -> float:
     """Tokens per second of three workers that share two cores, under clients that ask one request after the other."""
-    places = {n: Place(n, Blocks(n, KV_BLOCKS, BLOCK, int(0.9 * KV_BLOCKS))) for n in ("a", "b", "c")}
-    pool = Pool(POLICIES[policy], SMALL, cores=1.5, busy_question=0.012, places=places)
-    pool.beat()
+    sites = tuple(Site(n, 0, KV_BLOCKS, SMALL, SMALL) for n in ("a", "b", "c"))
+    way, budget = Link("shared memory", 0.0, math.inf), Budget(512, 64, BLOCK)
+    cluster = Cluster(sites, way, way)
+    pool = Simulation(cluster, POLICIES[policy], budget, lend_fraction=0.9, beat_seconds=0.5, cores=1.5)
 
     def client(long: bool, number: int) -> Callable[[], None]:
         rng, turn = random.Random(f"{long} {number}"), number
@@ -48,18 +51,20 @@ def served(policy: str, longs: int) -> float:
             else:
                 pool.ask(rng.randint(32, 128), 128, again)
 
-        def again(pool: Pool, answered: bool) -> None:
-            if answered:
-                ask()
+        def again(ending: Ending) -> None:
+            if ending.refused:
+                pool.at(pool.now + 1.0, ask)
             else:
-                pool.later.append((pool.now + 1.0, ask))
+                ask()
 
         return ask
 
     for begin in [*(client(False, n) for n in range(SHORTS)), *(client(True, n) for n in range(longs))]:
         begin()
-    pool.run(SECONDS)
-    return (pool.tokens["prompt"] + pool.tokens["output"]) / SECONDS
+    pool.run(WARM)
+    before = sum(worker.prompts + worker.output for worker in pool.workers.values())
+    pool.run(WARM + SECONDS)
+    return (sum(worker.prompts + worker.output for worker in pool.workers.values()) - before) / SECONDS
 
 
 def test_under_a_memory_bound_mix_lending_serves_more_and_short_prompts_alone_as_much() -> None:

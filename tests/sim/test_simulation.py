@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from infinillm.core.cost import Cost, Link
 from infinillm.core.policy import POLICIES
 from infinillm.core.scheduler import Budget
-from infinillm.core.cost import Cost, Link
 from infinillm.sim.hardware import Cluster, Site
 from infinillm.sim.simulation import Ending, Simulation
 from infinillm.sim.traffic import Arrival
@@ -89,7 +89,12 @@ def test_steps_taken_in_one_go_end_when_they_would_one_by_one(monkeypatch: pytes
     assert sum(w.steps for w in cluster.workers.values()) == sum(w.steps for w in slow.workers.values())
     assert cluster.clock.count < 0.7 * slow.clock.count
     for one, other in zip(found, single, strict=True):
-        assert (one.prompt, one.output, one.node, one.refused) == (other.prompt, other.output, other.node, other.refused)
+        assert (one.prompt, one.output, one.node, one.refused) == (
+            other.prompt,
+            other.output,
+            other.node,
+            other.refused,
+        )
         assert (one.first, one.last) == pytest.approx((other.first, other.last), rel=1e-9)
 
 

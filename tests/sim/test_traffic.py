@@ -91,7 +91,7 @@ def test_sharegpt_has_the_quantiles_of_its_records() -> None:
     ("a", "mean", "median", "p90"), [("1.0", 20_100, 1380, 73_900), ("1.2", 7900, 160, 17_300), ("1.4", 2500, 51, 2000)]
 )
 def test_zipf_lengths_are_as_the_exact_sums_say(a: str, mean: float, median: float, p90: float) -> None:
-    prompts = [arrival.prompt for arrival in drawn(f"zipf{a}", 40_000)]
+    prompts = [arrival.prompt for arrival in drawn(f"zipf-{a}", 40_000)]
     assert statistics.fmean(prompts) == pytest.approx(mean, rel=0.08)
     assert quantiles(prompts, 0.5, 0.9) == pytest.approx([median, p90], rel=0.12)
     assert max(prompts) <= 200_000
