@@ -227,7 +227,7 @@ class Controller:
             raise BadRequest("blocks must be at least 1", field="blocks")
         self._check_current(request.node, request.incarnation)
         node, exclude, outgrown = request.node, frozenset(request.exclude), request.outgrown
-        offers = self.policy.creditors(self.ledger, node, request.blocks, exclude, outgrown)
+        offers = self.policy.creditors(self._expected(), node, request.blocks, exclude, outgrown)
         if outgrown and self.policy.saves:
             self.turn = self.turn.after(node, self.clock())
         answer = pb.CreditorsResponse(epoch=self.epoch, may_save=outgrown and self.turn.node == node)
@@ -250,9 +250,7 @@ class Controller:
             self._refuse("no_worker", Unavailable("no worker has joined yet"))
         if request.model and request.model != self.model.name:
             raise NotFound(f"no model {request.model!r} is served here, only {self.model.name!r}", field="model")
-        size, now = self._block_size(), self.clock()
-        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
-        expected = books.expecting(self.ledger, sums)
+        size, now, expected = self._block_size(), self.clock(), self._expected()
         found = self.policy.route(
             expected, request.prompt_tokens, request.longest_tokens, size, frozenset(request.exclude)
         )
@@ -266,11 +264,8 @@ class Controller:
         found = near(expected, found, holders, request.longest_tokens, size, frozenset(request.exclude))
         self.promised.setdefault(found, deque()).append((now, -(-request.prompt_tokens // size)))
         address, reach = self.ledger.nodes[found].address, self.policy.reach(self.ledger, found, size)
-        others = [
-            types_pb2.Place(node=name, address=self.ledger.nodes[name].address)
-            for name, _ in holders
-            if name != found and self.policy.shares
-        ]
+        sharing = [name for name, _ in holders if name != found] if self.policy.shares else []
+        others = [types_pb2.Place(node=name, address=self.ledger.nodes[name].address) for name in sharing]
         return pb.RouteResponse(node=found, address=address, max_tokens=reach, holders=others, epoch=self.epoch)
 
     async def Snapshot(self, request: pb.SnapshotRequest, call: Any) -> pb.SnapshotResponse:
@@ -290,6 +285,11 @@ class Controller:
                 for sequence, layout in layouts.items()
             ],
         )
+
+    def _expected(self) -> Ledger:
+        """The ledger with what was routed since."""
+        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
+        return books.expecting(self.ledger, sums)
 
     def _block_size(self) -> int:
         return self.model.shape.block_size if self.model is not None else 1

@@ -138,7 +138,13 @@ class Worker:
                 metrics=self.metrics,
             )
             self.shard = ShardService(
-                self.engine, self.loop, spec.vocab, settings.block_size, settings.max_waiting, self._find, self.lenders.meet
+                self.engine,
+                self.loop,
+                spec.vocab,
+                settings.block_size,
+                settings.max_waiting,
+                self._find,
+                self.lenders.meet,
             )
             services.append((SHARD, self.shard))
         self.server = rpc.Server(settings.host, settings.port, services, extra_handlers=[self.lanes.service()])

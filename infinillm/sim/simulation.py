@@ -117,11 +117,7 @@ class Simulation:
         """Ask for `output` tokens after a prompt of so many, now; `then` hears how it ended."""
         self.asked += 1
         size, now = self.budget.block_size, self.now
-        for each in self.promised.values():
-            while each and each[0][0] < now - ARRIVAL_SECONDS - self.beat_seconds:
-                each.popleft()
-        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
-        found = self.policy.route(books.expecting(self.ledger, sums), prompt, prompt + output, size, ())
+        found = self.policy.route(self._expected(), prompt, prompt + output, size, ())
         if isinstance(found, Refused):
             self.refused += 1
             then(Ending(now, now, now, prompt, 0, refused=found.reason))
@@ -169,7 +165,7 @@ class Simulation:
         return self.cluster.cost(self.sites[one], self.sites[other])
 
     def offers(self, node: NodeId, blocks: int, outgrown: bool) -> tuple[Offers | Refused, bool]:
-        found = self.policy.creditors(self.ledger, node, blocks, (), outgrown)
+        found = self.policy.creditors(self._expected(), node, blocks, (), outgrown)
         if not (outgrown and self.policy.saves):
             return found, False
         self.turn = self.turn.after(node, self.now)
@@ -182,6 +178,11 @@ class Simulation:
         return seconds * max(1.0, computing / self.cores)
 
     # --- the controller ------------------------------------------------------------------------------------------
+
+    def _expected(self) -> Ledger:
+        """The ledger with what was routed since."""
+        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
+        return books.expecting(self.ledger, sums)
 
     def _beat(self) -> None:
         self.beats += 1
@@ -196,6 +197,9 @@ class Simulation:
             told += books.changes(self.reports[worker.id], report)
             self.reports[worker.id] = report
         self.ledger = books.apply_all(self.ledger, told)
+        for each in self.promised.values():
+            while each and each[0][0] < self.now - ARRIVAL_SECONDS:
+                each.popleft()
         if self.beats % PLAN_BEATS == 0:
             self.orders = self.policy.plan(self.ledger, self.costs, self.budget.block_size)
         self.at(self.now + self.beat_seconds, self._beat)

@@ -393,14 +393,24 @@ def test_one_node_saves_up_at_a_time_and_only_under_policy_proactive() -> None:
     living(never, "pooled")
 
 
+def test_who_was_just_sent_a_request_is_not_taken_for_idle() -> None:
+    async def test(world: World, client: rpc.Client) -> None:
+        a, _ = Member(world, Report(node("a", used=100, running=1))), Member(world, Report(node("b")))
+        await world.settled()
+        assert await a.membership.creditors(4, (), False) == [("b", "127.0.0.1:b", 90)]
+        assert (await client.Route(route(100, 200), timeout=SOON)).node == "b"
+        assert isinstance(await a.membership.creditors(4, (), False), Refused)
+
+    living(test, "proactive")
+
+
 def test_isolated_names_no_creditors() -> None:
     async def test(world: World, client: rpc.Client) -> None:
         a = Member(world, Report(node("a", used=100)))
         Member(world, Report(node("b")))
         await world.settled()
-        assert await a.membership.creditors(4, (), False) == Refused(
-            "a needs 4 more blocks; policy isolated lends none"
-        )
+        none = Refused("a needs 4 more blocks; policy isolated lends none")
+        assert await a.membership.creditors(4, (), False) == none
         assert await a.membership.capacity() == 1600
 
     living(test, "isolated")

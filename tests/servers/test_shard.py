@@ -53,9 +53,7 @@ def ask(id: str, **more: Any) -> pb.ShardGenerateRequest:
     return pb.ShardGenerateRequest(id=id, prompt=[1], sampling=wire.sampling_to_wire(Sampling()), **more)
 
 
-async def nobody(
-    request: Request, names: Sequence[bytes], holders: Sequence[tuple[str, str]]
-) -> tuple[Layout, bool]:
+async def nobody(request: Request, names: Sequence[bytes], holders: Sequence[tuple[str, str]]) -> tuple[Layout, bool]:
     return (), False
 
 

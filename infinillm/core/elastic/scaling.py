@@ -96,6 +96,9 @@ class _Draft:
         """Slots free beyond one for the next token of each request."""
         return free(self.group.values()) - len(self.batch.requests)
 
+    def add(self, instance: Instance) -> None:
+        self.group[instance.id] = instance
+
 
 def decoding(
     batches: Sequence[Batch], spare: Iterable[NodeId], instances: Mapping[NodeId, Instance], times: Times
@@ -113,10 +116,10 @@ def decoding(
             drafts = [each for each in others if each is not other]
             drafts.append(_Draft(Batch(here.batch.requests + other.batch.requests), here.group | other.group))
         else:
-            here.group[idle[-1].id] = idle.pop()
+            here.add(idle.pop())
     for draft in sorted(drafts, key=lambda each: -len(each.batch.requests)):
         while idle and len(draft.batch.requests) > times.crowd * sum(e.free > 0 for e in draft.group.values()):
-            draft.group[idle[-1].id] = idle.pop()
+            draft.add(idle.pop())
     return tuple(_decode(each, times) for each in drafts), tuple(each.id for each in evicted)
 
 
