@@ -44,7 +44,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`names`: of its first blocks, as many as are known. `shared`: blocks that other nodes keep for it, to `copy` here."""
+    """`names`: of its first blocks, as many as are known. `shared`: blocks others keep for it; a `copy` may pay."""
 
     request: Request
     names: Sequence[bytes] = ()

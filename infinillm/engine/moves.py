@@ -9,13 +9,15 @@ a lender did not hear is mended when the conversation opens again.
 
 A lender may want blocks back. Nothing new goes to it then, and what lies there comes home as far as there is room.
 Where there is none, blocks of home go to other lenders, so that there is; the room at both ends is kept for that. Where
-no lender has any either, the engine asks others for some; when it is refused, the youngest sequence that lies there
-gives way. Blocks that wait for tokens to come are let go of; the one being written to moves once it is full. The
-lender's patience is the end.
+no lender has any either, the engine asks others for some. Many a sequence ends within GRACE_SECONDS; after that, where
+nobody lends, the youngest that lies there gives way, and blocks that wait for tokens to come are let go of (at once,
+where home has room for these tokens). The block being written to moves once it is full. The lender's patience is the
+end.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from infinillm.core.blocks import OWN
@@ -29,6 +31,7 @@ from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
 
+GRACE_SECONDS = 5.0
 RECALLED, ROOM = "recalled", "room for what is recalled"
 
 
@@ -43,6 +46,7 @@ class Moves:
         self.done: tuple[Move, ...] = ()  # sources that are lenders and have not heard yet that they may let go
         self.homeless = 0  # blocks which lenders want back, and which have nowhere to go
         self._asked = self._refused = False  # for room for these
+        self._since: dict[NodeId, float] = {}  # since when a lender wants blocks back
 
     @property
     def blocks(self) -> int:
@@ -72,11 +76,17 @@ class Moves:
     def repay(self, running: Sequence[Running]) -> list[Running]:
         """Wish home what lenders want back, or room for it; returns who gives way. The caller holds the locks."""
         give_way: list[Running] = []
-        self.homeless, size = 0, self.memory.blocks.block_size
-        for node, owed in self.lenders.owed().items():
+        self.homeless, size, now = 0, self.memory.blocks.block_size, time.monotonic()
+        debts, blocks = self.lenders.owed(), self.memory.blocks
+        self._since = {node: self._since.get(node, now) for node in debts}
+        for node, owed in debts.items():
+            late = now >= self._since[node] + GRACE_SECONDS
             there = [s for s in reversed(running) if any(span.node == node for span in s.layout)]
             for s in there:
-                s.layout, empty = ahead(s, node, size)
+                layout, empty = ahead(s, node, size)
+                if not late and sum(stretch.blocks for stretch in empty) > blocks.room:
+                    continue
+                s.layout = layout
                 for stretch in empty:
                     self.lenders.leave(node, stretch)
                     self.done = (*self.done, Move(s.id, node, self.home, stretch.first, stretch.blocks))
@@ -85,19 +95,18 @@ class Moves:
             owed = min(owed, sum(stretch.blocks for stretch in found))
             if not owed or any(wish.move.source == node for wish in self.wishes):
                 continue
-            if room := min(owed, self.memory.blocks.room, owed * self.most):
+            if room := min(owed, blocks.room, owed * self.most):
                 self._send(found, node, self.home, room, RECALLED)
             elif not any(wish.reason == ROOM for wish in self.wishes):
                 target, room = max(self.lenders.room().items(), key=lambda each: each[1])
                 others = [s for s in reversed(running) if s not in there]
                 mine = [stretch for s in (*there, *others) for stretch in pick(s, self.home, owed, size)]
-                if not (mine and self.most):
-                    give_way += there[:1]
-                elif room:
+                if mine and self.most and room:
                     self._send(mine, self.home, target, min(owed, room), ROOM)
-                elif self._refused:
+                    continue
+                if late and (self._refused or not (mine and self.most)):
                     give_way += there[:1]
-                else:
+                elif mine and self.most:
                     self.homeless += owed
         self._refused = False
         return list(dict.fromkeys(give_way))

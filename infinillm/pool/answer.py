@@ -24,7 +24,7 @@ import torch
 
 from infinillm import wire
 from infinillm.core.layout import firsts
-from infinillm.core.policy.orders import KEPT_SECONDS
+from infinillm.core.policy.saving import KEPT_SECONDS
 from infinillm.core.types import Loan, LoanId, Node, NodeId, Refused, Stretch, difference
 from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed, Stale
 from infinillm.pool.hear import Conversation, Holds, Name, Over, Release, Share, carry_out

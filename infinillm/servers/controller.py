@@ -37,8 +37,9 @@ from infinillm.core import policy as policies
 from infinillm.core.cost import Cost, Costs
 from infinillm.core.ledger import Event, Joined, Left, Lent, Report, Returned
 from infinillm.core.names import Landmarks
+from infinillm.core.policy import saving
 from infinillm.core.policy.near import near
-from infinillm.core.policy.orders import NOBODY, MoveBlocks
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
 from infinillm.errors import BadRequest, Broken, NotFound, Stale, StandsBy, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -85,7 +86,7 @@ class Controller:
         self.ledger = Ledger(epoch)
         self.model: Model | None = None  # of the nodes in the ledger; the first to join says
         self.heard: dict[NodeId, float] = {}
-        self.landmarks, self.turn = Landmarks(), NOBODY
+        self.landmarks, self.turn = Landmarks(), saving.NOBODY
         self.promised: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks) of requests routed
         self.started = self.ticked = self.clock()
         self.restarted = False
@@ -227,10 +228,10 @@ class Controller:
             raise BadRequest("blocks must be at least 1", field="blocks")
         self._check_current(request.node, request.incarnation)
         node, exclude, outgrown = request.node, frozenset(request.exclude), request.outgrown
-        offers = self.policy.creditors(self._expected(), node, request.blocks, exclude, outgrown)
-        if outgrown and self.policy.saves:
-            self.turn = self.turn.after(node, self.clock())
-        answer = pb.CreditorsResponse(epoch=self.epoch, may_save=outgrown and self.turn.node == node)
+        offers, self.turn, may_save = saving.creditors(
+            self.policy, self._expected(), self.turn, self.clock(), node, request.blocks, exclude, outgrown
+        )
+        answer = pb.CreditorsResponse(epoch=self.epoch, may_save=may_save)
         if node in self.ledger.nodes and not self.settling:
             answer.max_tokens = self.policy.reach(self.ledger, node, self._block_size())
         if isinstance(offers, Refused):
@@ -341,7 +342,7 @@ class Controller:
         if epoch != self.epoch or not self.leads:
             return
         self.orders = {}
-        for order in found:
+        for order in saving.orders(found, self.turn, self.clock()):
             self.orders.setdefault(order.home, []).append(order)
             what = {name: getattr(order, name) for name in ("source", "target", "blocks", "reason")}
             log("ordered", request=order.seq, **what)

@@ -18,7 +18,8 @@ from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.names import Uses
-from infinillm.core.policy.orders import TURN_SECONDS, MoveBlocks
+from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.saving import TURN_SECONDS
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import DEVICE, HOST, Layout, Model, Node, NodeId, Refused, SeqId

@@ -20,8 +20,8 @@ from infinillm.core import ledger as books
 from infinillm.core.blocks import Blocks
 from infinillm.core.cost import Cost, Costs
 from infinillm.core.ledger import Joined, Report
-from infinillm.core.policy import Policy
-from infinillm.core.policy.orders import NOBODY, MoveBlocks, Offers
+from infinillm.core.policy import Policy, saving
+from infinillm.core.policy.orders import MoveBlocks, Offers
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Ledger, NodeId, Refused
@@ -100,7 +100,7 @@ class Simulation:
         self.reports: dict[NodeId, Report] = {w.id: w.report() for w in self.workers.values()}
         self.ledger = books.apply_all(Ledger(1), (Joined(report) for report in self.reports.values()))
         self.promised: dict[NodeId, deque[tuple[float, int]]] = {}
-        self.turn = NOBODY
+        self.turn = saving.NOBODY
         self.orders: tuple[MoveBlocks, ...] = ()
         self.running: dict[str, tuple[float, Then]] = {}
         self.arriving: Arrival | None = None
@@ -165,11 +165,10 @@ class Simulation:
         return self.cluster.cost(self.sites[one], self.sites[other])
 
     def offers(self, node: NodeId, blocks: int, outgrown: bool) -> tuple[Offers | Refused, bool]:
-        found = self.policy.creditors(self._expected(), node, blocks, (), outgrown)
-        if not (outgrown and self.policy.saves):
-            return found, False
-        self.turn = self.turn.after(node, self.now)
-        return found, self.turn.node == node
+        offers, self.turn, may_save = saving.creditors(
+            self.policy, self._expected(), self.turn, self.now, node, blocks, (), outgrown
+        )
+        return offers, may_save
 
     def seconds(self, node: NodeId, seconds: float) -> float:
         if self.cores is None:
@@ -201,7 +200,8 @@ class Simulation:
             while each and each[0][0] < self.now - ARRIVAL_SECONDS:
                 each.popleft()
         if self.beats % PLAN_BEATS == 0:
-            self.orders = self.policy.plan(self.ledger, self.costs, self.budget.block_size)
+            found = self.policy.plan(self.ledger, self.costs, self.budget.block_size)
+            self.orders = saving.orders(found, self.turn, self.now)
         self.at(self.now + self.beat_seconds, self._beat)
 
     def check(self) -> None:

@@ -23,7 +23,8 @@ from infinillm.core.cost import Cost
 from infinillm.core.layout import filled, grown, moved, reserved
 from infinillm.core.ledger import Report
 from infinillm.core.moves import Wish, choose, pick
-from infinillm.core.policy.orders import KEPT_SECONDS, TURN_SECONDS, MoveBlocks, Offers
+from infinillm.core.policy.orders import MoveBlocks, Offers
+from infinillm.core.policy.saving import KEPT_SECONDS, TURN_SECONDS
 from infinillm.core.request import Request, Sequence, add
 from infinillm.core.scheduler import NO_MATCH, Budget, Here, need, schedule, shortage
 from infinillm.core.types import Chunk, Grow, Loan, Move, Node, NodeId, Refused, SeqId, Step

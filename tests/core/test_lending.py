@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from infinillm.core.cost import Cost, Curve, Link
 from infinillm.core.ledger import Report, rebuild
-from infinillm.core.policy import POLICIES
-from infinillm.core.policy.orders import NOBODY, TURN_SECONDS, Turn
+from infinillm.core.policy import POLICIES, saving
+from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.saving import NOBODY, TURN_SECONDS, Turn
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Grow, Ledger, Loan, Node, NodeId, Refused
 from infinillm.sim.hardware import Cluster, Site
@@ -156,3 +157,26 @@ def test_what_is_kept_for_one_who_saves_up_is_for_what_runs_already() -> None:
     step = decide(run=[running("old", 9, 8, room=8)], wait=[sequence("new", 8)], room={"home": 3}, kept=2)
     assert (step.admit, step.short, step.grow) == ((), 2, (Grow("old", "home", 8, 1),))
     assert decide(wait=[sequence("new", 8)], room={"home": 4}, kept=2).admit == ("new",)
+
+
+def ask(books: Ledger, turn: Turn, node: NodeId, blocks: int, outgrown: bool = True, now: float = 1.0) -> object:
+    offers, turn, may_save = saving.creditors(PROACTIVE, books, turn, now, node, blocks, (), outgrown)
+    return offers if may_save or isinstance(offers, Refused) else dict(offers)
+
+
+def test_who_saves_lends_nothing_and_others_have_what_is_enough_at_once() -> None:
+    books = ledger(node("a", used=100, waiting=1), node("b", used=100, waiting=1), node("c", used=40), node("d"))
+    turn = Turn("a", 5.0)
+    assert ask(books, turn, "a", 300) == [("d", 90), ("c", 60), ("b", 90)], "it may save, and asks who is full, too"
+    assert ask(books, turn, "b", 150) == {"d": 90, "c": 60}
+    assert isinstance(ask(books, turn, "b", 151), Refused)
+    idle = ledger(node("a"), node("b", used=100, waiting=1))
+    assert isinstance(ask(idle, turn, "b", 10), Refused), "a saves up"
+    assert isinstance(ask(idle, turn, "b", 10, outgrown=False), Refused)
+    assert ask(idle, turn, "b", 10, outgrown=False, now=6.0) == {"a": 90}, "its turn is over"
+
+
+def test_while_one_saves_up_nothing_leaves_its_home() -> None:
+    found = (MoveBlocks("a", "s", "a", "b", 3, "room"), MoveBlocks("a", "s", "b", "a", 3, "home"))
+    assert saving.orders(found, Turn("c", 5.0), 1.0) == found[1:]
+    assert saving.orders(found, Turn("c", 5.0), 5.0) == found == saving.orders(found, NOBODY, 1.0)

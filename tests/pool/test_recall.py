@@ -85,7 +85,23 @@ def test_what_is_used_moves_home_and_nothing_is_computed_twice():
         cluster.settle()
 
 
-def test_where_home_has_no_room_the_youngest_that_lies_there_gives_way():
+def test_where_home_has_no_room_what_lies_there_may_end_within_the_grace():
+    with Cluster(decoder("llama"), {"a": 10, "b": 40}, share=False) as cluster:
+        listening(cluster).lend("b", 30)
+        prompt = tiny.prompt(LENGTH - 5)
+        cluster.submit(prompt, id="s", max_tokens=6)  # its blocks have room for them
+        cluster.turn()
+        recall(cluster, 30)
+        cluster.finish()
+        tidy(cluster)
+        assert lent(cluster) == 0
+        assert counted(cluster, "infinillm_step_tokens_sum") == len(prompt) + 5
+        assert counted(cluster, "infinillm_preemptions_total") == 0
+        cluster.settle()
+
+
+def test_after_it_the_youngest_that_lies_there_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infinillm.engine.moves.GRACE_SECONDS", 0.0)
     with Cluster(decoder("llama"), {"a": 24, "b": 40}, share=False) as cluster:
         listening(cluster).lend("b", 30)
         for seed, id in enumerate(("s", "t"), 1):

@@ -18,7 +18,8 @@ from infinillm import rpc, wire
 from infinillm.core.cost import Cost
 from infinillm.core.ledger import Event, Report, check, rebuild
 from infinillm.core.policy import named
-from infinillm.core.policy.orders import TURN_SECONDS, MoveBlocks
+from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.saving import TURN_SECONDS
 from infinillm.core.types import AttentionShape, Ledger, Loan, Model, Node, Refused, Span
 from infinillm.errors import BadRequest, InfinillmError, NotFound, Stale, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -218,8 +219,7 @@ def test_a_restarted_controller_rebuilds_the_same_ledger() -> None:
         await world.until(lambda: (a.membership.epoch, b.membership.epoch) == (5, 5))  # its answers have come, too
         await world.stop()
         await world.start(epoch=6)
-        ledger = await world.settled()
-        assert ledger.epoch == 6
+        assert (ledger := await world.settled()).epoch == 6
         assert timeless(replace(ledger, epoch=5)) == timeless(before)
         await world.until(lambda: (a.membership.epoch, b.membership.epoch) == (6, 6))
         assert world.controller.restarted

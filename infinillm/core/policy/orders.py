@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from infinillm.core.types import HOST, Layout, Ledger, Node, NodeId, Refused, SeqId
 
@@ -29,27 +29,6 @@ class MoveBlocks:
     def direction(self) -> str:
         """Where to, as the home of the sequence sees it."""
         return "home" if self.target == self.home else "away" if self.source == self.home else "between"
-
-
-TURN_SECONDS = 10.0  # who saves asks once a step, and steps with much to compute take seconds
-KEPT_SECONDS = 1.0  # for which a lender keeps what comes free for who saves up, unless that one asks again
-
-
-class Turn(NamedTuple):
-    """Whose turn it is to save up blocks: one node at a time, as two that hold half each would wait for ever.
-
-    It is `node`'s turn `until` then, by the controller's clock.
-    """
-
-    node: NodeId
-    until: float
-
-    def after(self, node: NodeId, now: float) -> Turn:
-        """The turn once a node has asked for it: that node's where it is nobody else's."""
-        return Turn(node, now + TURN_SECONDS) if node == self.node or now >= self.until else self
-
-
-NOBODY = Turn("", float("-inf"))
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
