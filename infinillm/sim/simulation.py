@@ -161,8 +161,9 @@ class Simulation:
     def worker(self, node: NodeId) -> Worker:
         return self.workers[node]
 
-    def way(self, one: NodeId, other: NodeId) -> Cost:
-        return self.cluster.cost(self.sites[one], self.sites[other])
+    def answer(self, one: NodeId, other: NodeId, rows: int, tokens: int) -> float:
+        way = self.cluster.cost(self.sites[one], self.sites[other])
+        return way.question(rows) + self.workers[other].cost.attend(tokens, rows)
 
     def offers(self, node: NodeId, blocks: int, outgrown: bool) -> tuple[Offers | Refused, bool]:
         offers, self.turn, may_save = saving.creditors(

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Protocol, cast
 
 from infinillm.core.blocks import OWN, Blocks
-from infinillm.core.cost import Cost
 from infinillm.core.layout import filled, grown, moved, reserved
 from infinillm.core.ledger import Report
 from infinillm.core.moves import Wish, choose, pick
@@ -48,8 +47,8 @@ class World(Protocol):
 
     def worker(self, node: NodeId) -> Worker: ...
 
-    def way(self, one: NodeId, other: NodeId) -> Cost:
-        """What it costs one node to ask another."""
+    def answer(self, one: NodeId, other: NodeId, rows: int, tokens: int) -> float:
+        """Seconds from a question of one node to the answer of another, which has so many tokens of its context."""
 
     def offers(self, node: NodeId, blocks: int, outgrown: bool) -> tuple[Offers | Refused, bool]:
         """Who could lend, and whether it is this node's turn to save up."""
@@ -253,10 +252,7 @@ class Worker:
                 elif chunk.stop - chunk.start == 1:
                     local += min(span.stop, chunk.stop) - span.start
         local += rows * later
-        answers = [
-            self.world.way(self.id, node).question(asked) + self.world.worker(node).cost.attend(tokens, asked)
-            for node, (asked, tokens) in away.items()
-        ]
+        answers = [self.world.answer(self.id, node, asked, tokens) for node, (asked, tokens) in away.items()]
         step = self.cost.decode_step(rows, local, answers)
         seconds += step if decoding else step - self.cost.dense(rows)
         hosted = sum(loan.used for loan in self.blocks.loans.values()) * self.size
