@@ -18,7 +18,7 @@ from functools import partial
 
 from infinillm.core import ledger as books
 from infinillm.core.blocks import Blocks
-from infinillm.core.cost import Cost, Costs
+from infinillm.core.cost import Costs
 from infinillm.core.ledger import Joined, Report
 from infinillm.core.policy import Policy, saving
 from infinillm.core.policy.orders import MoveBlocks, Offers
