@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from infinillm.core.elastic.dispatching import allocated, dispatched, peak, sides
+from infinillm.core.elastic.dispatching import allocated, dispatched, emptied, peak, sides
 from infinillm.core.elastic.plan import plan
 from infinillm.core.elastic.scaling import fewest, masters, retention
 from infinillm.core.elastic.times import PrefillTime, Times
@@ -141,6 +141,7 @@ def test_inputs_must_fit_and_outputs_are_expected_to() -> None:
     assert dispatch(state(group, waiting(60, 30, 10)), SMALL) == ["w0", "w1"]
     assert dispatch(state(group, waiting(60, 30, left=8)), SMALL) == ["w0"]
     old = batch(running("r", left=40, a=10))
+    assert dispatch(state(group, waiting(40, 20), old), SMALL) == ["w0"]
     assert dispatch(state(group, waiting(40, left=5), old), SMALL) == ["w0"]
     assert dispatch(state(group, waiting(40, left=26), old), SMALL) == []
 
@@ -182,6 +183,31 @@ def test_an_instance_is_emptied_for_the_queue_where_that_is_sooner_than_its_end(
     assert [each.requests for each in found.decodes] == ([("r0", "r1")] if empties else [("r0",), ("r1",)])
 
 
+def test_an_instance_that_lets_nobody_else_in_is_not_emptied() -> None:
+    old = [batch(running("r0", a=9)), batch(running("r1", b=5))]
+    told = state(instances(60, 60, 60, slots=60), waiting(10, 500), *old, average=10)
+    requests, found = dispatched(told, sides(told), SECOND)
+    assert [r.id for r in requests] == ["w0"] and found.prefill == ("c",)
+
+
+def test_nothing_is_moved_where_next_tokens_would_lack_slots() -> None:
+    old = [batch(running("r0", a=9)), batch(running("r1", b=5))]
+    for room, fits in ((16, True), (15, False)):
+        told = state(instances(room, 60, slots=60), (), *old)
+        assert (emptied(sides(told)) is not None) == fits
+
+
+@pytest.mark.parametrize(("full", "preempted"), [(False, ("r1",)), (True, ())])
+def test_the_batch_with_most_unused_slots_is_preempted_unless_others_need_them(
+    full: bool, preempted: tuple[str, ...]
+) -> None:
+    """Either pays. Where the other is full, its next token depends on the one with room."""
+    old = [batch(running("r0", produced=99, a=20)), batch(running("r1", produced=99, b=10))]
+    group = instances(20 if full else 60, 60, slots=60)
+    times = replace(SECOND, move=100)  # seconds a token: nothing moves
+    assert plan(state(group, waiting(35), *old, average=100), times).preempted == preempted
+
+
 def test_idle_instances_without_which_decoding_cannot_go_on_stay_its_own() -> None:
     told = state(instances(5, 50, 40, slots=50), waiting(30, 30), batch(running("r", a=5)))
     found = plan(told, SMALL)
@@ -204,6 +230,18 @@ def test_instances_are_emptied_while_gain_3_exceeds_cost_4(move: float, dop: int
     assert [each.group for each in found.decodes] == ([("c",)] if dop == 3 else [("c",), ("d",)])
 
 
+def test_what_step_1_moved_is_not_counted_against_step_2() -> None:
+    """Step 1 empties d, to let the prompt in; then c saves 1.7478 s and costs 1.65 s."""
+    old = [
+        batch(running(f"r{at}", **{name: n}))
+        for at, (name, n) in enumerate(zip("bcd", (60_000, 50_000, 5_000), strict=True))
+    ]
+    told = state(instances(20_000, SLOTS, SLOTS, SLOTS), waiting(100_000), *old, average=100)
+    found = plan(told, replace(A800, move=3.3e-5))
+    assert found.migrations == (("r2", "d", "b", 5_000), ("r1", "c", "b", 50_000))
+    assert sorted(found.prefills[0].group) == ["a", "c", "d"]
+
+
 def test_others_of_the_same_group_are_moved_to_first() -> None:
     old = [batch(running("r0", b=90_000)), batch(running("r1", c=50_000, d=5_000))]
     start = sides(state(FOUR, waiting(100_000), *old))
@@ -215,6 +253,15 @@ def test_others_of_the_same_group_are_moved_to_first() -> None:
 def test_short_prompts_empty_nothing() -> None:
     old = [batch(running("r0", c=50_000)), batch(running("r1", d=5))]
     assert not plan(state(FOUR, waiting(100, 100), *old), A800).migrations
+
+
+def test_nothing_is_emptied_that_step_3_would_gain_too_little_by() -> None:
+    """As one batch the prompts gain seconds by a third instance; cut into two batches, less than the move of 27 ms."""
+    old = [batch(running("r0", a=41_882)), batch(running("r1", b=56_428))]
+    told = state(FOUR, waiting(144, 73, 53_170), *old)
+    assert allocated(told.waiting, sides(told), A800).migrations
+    found = plan(told, A800)
+    assert [len(each.group) for each in found.prefills] == [1, 1] and not found.migrations
 
 
 # --- steps 3 and 4 ---------------------------------------------------------------------------------------------------
@@ -281,14 +328,40 @@ def test_a_crowd_is_given_idle_instances() -> None:
     assert found.seconds == A800.decode(3, 300, 3_000)
 
 
+def test_what_is_full_helps_no_crowd() -> None:
+    """Five requests, at most four to a master: b has the room for all, a none, and the idle c some or none."""
+    five = batch(*(running(f"r{n}", a=1, b=1) for n in range(5)))
+    for room, shares in ((9, {"c": 3, "b": 2}), (0, {"b": 5})):
+        (found,) = plan(state(instances(5, 50, room, slots=60), (), five), SMALL).decodes
+        assert {each.instance: len(each.requests) for each in found.masters} == shares
+        assert set(found.group) == {"a", "b", *shares}
+
+
+def test_a_preempted_batch_keeps_its_instances() -> None:
+    """The prefill needs one of its two; the crowd on c is not given the other."""
+    old = [batch(running("r", produced=99, a=9, b=9)), batch(*(running(f"s{n}", c=2) for n in range(5)))]
+    found = plan(state(instances(60, 60, 30, slots=60), waiting(20), *old, average=100), replace(SECOND, move=100))
+    assert found.preempted == ("r",) and [len(each.group) for each in found.prefills] == [1]
+    assert [each.group for each in found.decodes] == [("c",)]
+
+
 def test_a_batch_short_of_slots_joins_one_that_has_some_or_is_given_an_instance() -> None:
     full, other = batch(running("r0", a=50)), batch(running("r1", b=40))
     told = state(instances(50, 50, slots=50), (), full, other)
     (found,) = plan(told, SMALL).decodes
     assert sorted(found.requests) == ["r0", "r1"] and found.group == ("a", "b")
     assert [each.instance for each in found.masters] == ["b"]
-    alone = plan(state(instances(50, 50, slots=50), (), full), SMALL)
-    assert [each.group for each in alone.decodes] == [("a", "b")]
+    alone = plan(state(instances(50, 20, 50, slots=50), (), full), SMALL)
+    assert [each.group for each in alone.decodes] == [("a", "c")]
+
+
+def test_batches_short_of_slots_stay_apart_where_an_idle_instance_helps_more() -> None:
+    full = batch(*(running(f"r{n}", a=10) for n in range(3)))
+    others = [batch(running("s", b=48)), batch(running("t", c=47))]
+    apart = plan(state(instances(30, 50, 50, 9, slots=50), (), full, others[0]), SMALL)
+    assert sorted(each.group for each in apart.decodes) == [("a", "c"), ("b",)]
+    joined = plan(state(instances(30, 50, 50, slots=50), (), full, *others), SMALL)
+    assert [each.group for each in joined.decodes] == [("a", "b", "c")]
 
 
 def test_batches_that_share_an_instance_are_one() -> None:
@@ -304,6 +377,8 @@ def test_the_newest_is_evicted_where_there_is_no_slot_for_its_next_token() -> No
 
 
 def test_with_more_instances_than_degrees_what_no_group_can_hold_waits() -> None:
-    two = replace(SMALL, prefill=SMALL.prefill[:2])
-    group = instances(50, 50, 50, slots=50)
-    assert [each.requests for each in plan(state(group, waiting(20, 110)), two).prefills] == [("w0",)]
+    """And nobody is preempted for it: neither w1, too long for two, nor w2 behind it."""
+    two = replace(SECOND, prefill=SECOND.prefill[:2])
+    group, old = instances(50, 50, 60, slots=60), batch(running("r", produced=99, c=9))
+    found = plan(state(group, waiting(20, 115, 2), old, average=100), two)
+    assert [each.requests for each in found.prefills] == [("w0",)] and not found.preempted

@@ -37,7 +37,7 @@ def test_the_notebooks_points_are_fitted_closely(
 def test_the_times_of_four_instances_are_those_measured() -> None:
     for requests, tokens, *columns in ROWS:
         seconds = A800.prefill[3](requests * tokens, requests * tokens**2)
-        assert seconds == pytest.approx(columns[SP4TP2 - 2] / 1e3, rel=0.012)
+        assert seconds == pytest.approx(columns[SP4TP2 - 2] / 1e3, rel=0.015)
     assert A800.prefill[3](100, 100**2) == pytest.approx(38.48e-3, rel=0.01)
 
 
@@ -45,8 +45,8 @@ def test_the_times_of_four_instances_are_those_measured() -> None:
 def test_fewer_instances_are_quicker_for_short_prompts_only(dop: int, at_1k: int, at_10k: int, at_100k: int) -> None:
     for tokens, milliseconds in ((1_000, at_1k), (10_000, at_10k), (100_000, at_100k)):
         assert A800.prefill[dop - 1](tokens, tokens**2) == pytest.approx(milliseconds / 1e3, rel=0.01)
-    best = [min(range(4), key=lambda at: A800.prefill[at](n, n * n)) + 1 for n in (100, 900, 2_100, 100_000)]
-    assert best == [1, 2, 4, 4]
+    best = [min(range(4), key=lambda at: A800.prefill[at](n, n * n)) + 1 for n in (100, 900, 2_100, 3_000, 100_000)]
+    assert best == [1, 2, 3, 4, 4]
 
 
 def test_a_decode_step_takes_as_long_as_measured_and_reads_slower_on_fewer_instances() -> None:

@@ -9,12 +9,11 @@ planner is told who is there and decides anew who works on what; weights never m
 4. scaling: where their K/V stays, and how all others go on decoding (scaling.py)
 
 The formulas and their order are the paper's (SOSP'24, section 5). From the released code come the estimate of peak
-memory, the fit of prefill times, and that batches short of slots are merged before they are given instances. Ours
-are: the programme of step 3 in full, retention on the fewest instances, equal shares of masters, decode served before
-prefill, and the second thoughts of this file. Steps 1 and 2 judge by one batch on all instances; step 3 often makes
-several on fewer. So what step 2 would empty is emptied only if step 3 then gains more than the move costs; a batch
-whose instances step 3 leaves alone is not preempted; and idle ones it leaves alone may help decoding. Where places in
-a group are limited (more instances than degrees measured), what step 1 admitted may not fit, and the newest are left.
+memory, the fit of prefill times, and that batches short of slots are merged before they are given instances. Ours are:
+the programme of step 3 in full, retention on the fewest instances, equal shares of masters, decode served before
+prefill, and a second thought. Steps 1 and 2 judge by one batch on all instances; step 3 often makes several on fewer.
+So what step 2 would empty is emptied only if step 3, done with it and without, gains more than the move costs. Where
+there are more instances than degrees were measured, what step 1 admitted may fit no groups: then the newest wait.
 
 All functions are pure: they take values, and the time that requests have waited or run is told.
 """
@@ -22,54 +21,50 @@ All functions are pure: they take values, and the time that requests have waited
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from infinillm.core.elastic.batching import Batched, batched
 from infinillm.core.elastic.dispatching import Sides, allocated, dispatched, largest, sides
 from infinillm.core.elastic.scaling import decoding, retention
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Batch, Plan, Prefill, State, Waiting, free
+from infinillm.core.elastic.values import Plan, Prefill, State, Waiting
 
 
 def plan(state: State, times: Times) -> Plan:
     """What every instance does in the next macro-iteration."""
-    start = sides(state)
-    requests, here = dispatched(state, start, times) if start.slack >= 0 else ((), start)
-    batches, here = _batches(requests, here, times)
-    used = {each.id for batch in batches for each in batch.group}
-    waits = [each for each in here.preempted if used & {*each.group} or _short(each, here)]
-    decode = [*here.decode, *(each for each in here.preempted if each not in waits)]
-    busy = used.union(*(each.group for each in (*decode, *waits)))
+    requests, start = dispatched(state, sides(state), times)
+    found = _batches(requests, start, times)
+    if found is None:
+        count = largest(lambda count: _on(start, requests[:count], times) is not None, len(requests))
+        return plan(replace(state, waiting=requests[:count]), times)
+    batches, here = found
+    busy = {each.id for batch in batches for each in batch.group}
+    busy.update(name for each in (*here.decode, *here.preempted) for name in each.group)
     spare = [name for name in here.instances if name not in busy]
-    decodes, evicted = decoding(decode, spare, here.instances, times)
-    preempted = tuple(each.id for batch in waits for each in batch.requests)
+    decodes, evicted = decoding(here.decode, spare, here.instances, times)
+    preempted = tuple(each.id for batch in here.preempted for each in batch.requests)
     return Plan(tuple(map(_prefill, batches)), decodes, here.migrations, preempted, evicted)
 
 
-def _batches(requests: Sequence[Waiting], start: Sides, times: Times) -> tuple[tuple[Batched, ...], Sides]:
-    """Steps 2 and 3: the batches, and the sides they are for."""
-
-    def on(here: Sides, count: int) -> tuple[Batched, ...] | None:
-        return batched(requests[:count], here.of(here.prefill), times)
-
-    plain = on(start, len(requests))
+def _batches(requests: Sequence[Waiting], start: Sides, times: Times) -> tuple[tuple[Batched, ...], Sides] | None:
+    """Steps 2 and 3: the batches, and the sides they are for; None where the requests do not fit."""
+    plain = _on(start, requests, times)
     if plain is None:
-        count = largest(lambda count: on(start, count) is not None, len(requests))
-        return on(start, count) or (), start
-    here = allocated(requests, start, times)
-    wide = None if here is start else on(here, len(requests))
-    if wide is not None:
-        moved = sum(each.tokens for each in here.migrations[len(start.migrations) :])
-        cost = moved * times.move * sum(1 / each.tokens for each in requests)
-        if sum(each.latency for each in plain) - sum(each.latency for each in wide) > cost:
-            return wide, here
-    return plain, start
+        return None
+    here = allocated(requests, start, times) if requests else start
+    wide = None if here is start else _on(here, requests, times)
+    if wide is None:
+        return plain, start
+    moved = sum(each.tokens for each in here.migrations[len(start.migrations) :])
+    cost = moved * times.move * sum(1 / each.tokens for each in requests)
+    gain = sum(each.latency for each in plain) - sum(each.latency for each in wide)
+    return (wide, here) if gain > cost else (plain, start)
 
 
-def _short(batch: Batch, here: Sides) -> bool:
-    """Whether it could not decode on its own."""
-    return free(here.of(batch.group)) < len(batch.requests)
+def _on(here: Sides, requests: Sequence[Waiting], times: Times) -> tuple[Batched, ...] | None:
+    return batched(requests, here.of(here.prefill), times)
 
 
 def _prefill(batch: Batched) -> Prefill:
-    names = (tuple(each.id for each in part) for part in (batch.requests, batch.group))
-    return Prefill(*names, retention(batch.requests, batch.group), batch.seconds)
+    requests, group, seconds = batch
+    return Prefill(tuple(r.id for r in requests), tuple(e.id for e in group), retention(requests, group), seconds)

@@ -106,10 +106,10 @@ def decoding(
     """How batches with disjoint groups go on, with the help of `spare` instances; and who cannot, newest first."""
     batches, evicted, instances = _evicted(batches, spare, instances)
     names = {*spare, *(name for gone in evicted for name in gone.held)} - {n for each in batches for n in each.group}
-    idle = sorted((instances[name] for name in names), key=lambda e: (e.free, e.id))
+    idle = sorted((e for name in names if (e := instances[name]).free), key=lambda e: (e.free, e.id))
     drafts = [_Draft(each, {name: instances[name] for name in each.group}) for each in batches]
     while short := [each for each in drafts if each.slack < 0]:
-        here = min(short, key=lambda each: each.slack)
+        here = short[0]
         others = [each for each in drafts if each is not here]
         other = max(others, key=lambda each: each.slack, default=None)
         if other and (other.slack + here.slack >= 0 or not idle):
@@ -124,11 +124,11 @@ def decoding(
 
 
 def _decode(draft: _Draft, times: Times) -> Decode:
-    """What holds nothing and is no master leaves the group."""
     names = tuple(each.id for each in draft.batch.requests)
     found = masters(names, tuple(draft.group.values()), times.crowd)
-    group = tuple(sorted({*draft.batch.group, *(each.instance for each in found)}))
-    return Decode(names, group, found, times.decode(len(group), len(names), draft.batch.context))
+    return Decode(
+        names, tuple(sorted(draft.group)), found, times.decode(len(draft.group), len(names), draft.batch.tokens)
+    )
 
 
 def _evicted(
@@ -141,7 +141,7 @@ def _evicted(
     gone: list[Running] = []
     while running and len(running) > room:
         gone.append(running.pop())
-        room += gone[-1].context
+        room += gone[-1].tokens
         for name, tokens in gone[-1].held.items():
             known[name] = replace(known[name], used=known[name].used - tokens)
     stay = {each.id for each in running}

@@ -30,7 +30,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that waits: its input of `tokens` (one or more), and the output it may come to have."""
+    """A request that waits: its input of `tokens`, and the output it may come to have, both one or more."""
 
     id: SeqId
     tokens: int
@@ -42,7 +42,7 @@ class Waiting:
 class Running:
     """A request that decodes: the tokens of its K/V on each instance, its output so far and still to come at most.
 
-    `seconds` it has been decoding.
+    There is always one more token to come. `seconds` it has been decoding.
     """
 
     id: SeqId
@@ -53,7 +53,7 @@ class Running:
     seconds: float
 
     @property
-    def context(self) -> int:
+    def tokens(self) -> int:
         """Tokens of K/V, wherever they lie."""
         return sum(self.held.values())
 
@@ -70,8 +70,8 @@ class Batch:
         return tuple(sorted({name for each in self.requests for name, tokens in each.held.items() if tokens}))
 
     @property
-    def context(self) -> int:
-        return sum(each.context for each in self.requests)
+    def tokens(self) -> int:
+        return sum(each.tokens for each in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
