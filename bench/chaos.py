@@ -27,7 +27,7 @@ from tests.e2e.chaos import Case, Result
 
 TOLD = (
     *("request_resubmitted", "node_lost", "expired", "preempted", "controller_lost", "routed_alone", "leads"),
-    *("lent", "recalled", "ordered", audit.ORDERED, "moved", audit.MOVED),
+    *("lent", "recalled", "ordered", audit.ROOM_ORDERED, "moved", audit.MOVED),
 )
 
 

@@ -198,6 +198,7 @@ class Controller:
         self.orders.pop(node, None)
         self._price(node, None)
         self.landmarks.forget(node)
+        self.turn = saving.NOBODY if self.turn.node == node else self.turn
         self.metrics.remove("heartbeat_age_seconds", node=node)
         log("left", node=node, reason=reason)
 
@@ -378,8 +379,7 @@ async def run(settings: config.Controller) -> None:
     told = Told()
     server = rpc.Server(settings.host, settings.port, [(CONTROLLER, controller)])
     address = f"{settings.host}:{await server.start()}"
-    port = metrics.serve(settings.host, settings.metrics_port)
-    scraped = f"{settings.host}:{port}" if port >= 0 else ""
+    scraped = f"{settings.host}:{port}" if (port := metrics.serve(settings.host, settings.metrics_port)) >= 0 else ""
     name = f"{platform.node()}:{server.port}" if settings.host in {"0.0.0.0", "::"} else address
     its = lease(settings.lease, name, settings.lease_seconds, time.monotonic)
     campaign = Campaign(its, controller, time.monotonic)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 DEFECTS = ("rpc_failed", "law_broken", "pass_failed", "superseded", "join_refused")  # events that must not be
 ROOM = "room for "  # how the reason of an order that makes room begins
-ORDERED, MOVED = "ordered to make room", "moved to make room"  # counted beside the events
+ROOM_ORDERED, MOVED = "ordered to make room", "moved as ordered"  # counted beside the events
 
 
 class Heard(NamedTuple):
@@ -41,8 +41,8 @@ def heard(folder: Path) -> Heard:
                     if said["epoch"] < believed:
                         defects.append(f"{path.stem}: joined in epoch {said['epoch']} after {believed}")
                     believed = said["epoch"]
-                case "ordered" if said["reason"].startswith(ROOM):
-                    events[ORDERED] += 1
+                case "ordered":
+                    events[ROOM_ORDERED] += said["reason"].startswith(ROOM)
                     ordered.add((said["request"], said["source"], said["target"]))
                 case "moved":
                     moved.append((said["request"], said["source"], said["target"]))

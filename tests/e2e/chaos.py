@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,21 +28,24 @@ from tests.e2e.pair import Pair
 
 WORKERS = ("worker-0", "worker-1", "worker-2", "worker-3")
 PORTS = {"worker-0": "auto", "worker-1": "tcp", "worker-2": "stream", "worker-3": "auto", GUEST: "tcp"}
-LENGTHS, COUNT, SEEDS = (4, 16, 47, 90, 160, 300, 430, 620), 48, 2  # tokens; two workers hold the longest
+COUNT, SEEDS = 48, 2  # tokens to come, and prompts of each length
+LENGTHS: tuple[int, ...] = (4, 16, 47, 90, 160, 300, 430, 620)  # tokens; two workers hold the longest
+OFTEN: tuple[int, ...] = (6, 6, 6, 5, 4, 3, 2, 1)  # how often each length, against the others
+BIG = slice(4, 6)  # the lengths that fit one worker, if little else runs there
+LONG, LONG_COUNT = (60, 100), 160  # tokens
 TOO_LONG = 1800  # tokens; more than all workers and a guest hold
-LONG, LONG_COUNT = 210, 160  # tokens; nearly all of a worker, for seconds: blocks of theirs are worth moving
-KINDS = {"whole": 31, "stream": 27, "sampled": 12, "long": 12, "left": 10, "vanished": 6, "too long": 2}
+KINDS = {"whole": 33, "stream": 30, "sampled": 14, "long": 3, "left": 12, "vanished": 6, "too long": 2}
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1}
-OFTEN = (6, 6, 6, 5, 4, 3, 2, 1)  # how often each length, against the others
 SMALL = "policy pooled offers"
-AT_A_TIME, FEW = 16, 6  # requests: many and few take turns, because where all are full nobody has room to move to
-TIDE = 32  # requests of each turn
+AT_A_TIME = 16
+TURN = 400  # requests; every other turn there are few at a time, none outgrows a worker, and nobody saves up blocks
+LASTING, FEW = {**KINDS, "long": 18}, 8  # then big ones wait while long ones run everywhere, and moves make room
 PROGRESS_SECONDS = 5.0
 CALM_SECONDS = 60.0  # until nothing is left of what ran
-DRAIN_SECONDS = "6"
+DRAIN_SECONDS, HEARTBEAT_SECONDS = "6", "0.1"
 MOVES_LOGGED = ("--log-level", "debug")
 MORE_FILES = 16  # that a process at rest may have open beyond those of the start
-MANY = 400  # requests, in which policy proactive must have ordered something, and that must have been done
+MANY = 1000  # requests, in which policy proactive must have ordered moves, and some were made
 
 
 def _line(start: float, end: float) -> Curve:
@@ -146,19 +150,20 @@ class Load:
             for number in numbers:
                 if number >= requests and time.monotonic() >= until:
                     return
-                async with few if number // TIDE % 2 else nullcontext():
+                async with few if number // TURN % 2 else nullcontext():
                     await self._one(number)
 
         await asyncio.gather(*(seat() for _ in range(AT_A_TIME)))
 
     async def _one(self, number: int) -> None:
         draw = random.Random(f"load/{self.seed}/{number}")
-        (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
-        (length,), count, after = draw.choices(LENGTHS, OFTEN), draw.randint(1, COUNT), draw.random()
+        kinds, lengths = (LASTING, BIG) if number // TURN % 2 else (KINDS, slice(None))
+        (kind,) = draw.choices(list(kinds), list(kinds.values()))
+        (length,), count, after = draw.choices(LENGTHS[lengths], OFTEN[lengths]), draw.randint(1, COUNT), draw.random()
         prompt, want = truth(length, 30 if kind == "sampled" else 30 + draw.randrange(SEEDS), COUNT)
         if kind == "long":
             count = LONG_COUNT
-            prompt, want = truth(LONG, 30 + draw.randrange(SEEDS), count)
+            prompt, want = truth(draw.choice(LONG), 30 + draw.randrange(SEEDS), count)
         deeds: dict[str, Callable[[], Awaitable[Ending]]] = {
             "whole": lambda: client.ask(self.http, prompt, count),
             "stream": lambda: client.ask(self.http, prompt, count, stream=True),
@@ -198,12 +203,12 @@ def run(folder: Path, seed: int, requests: int, minutes: float, policy: str, tel
     profile = folder / "profile.json"
     profile.write_text(json.dumps(to_plain(COST)))
     flags = {
-        "controller": (*FLAGS["controller"], "--policy", policy),
+        "controller": ("--heartbeat-seconds", HEARTBEAT_SECONDS, "--policy", policy),
         "worker": (*FLAGS["worker"], "--drain-seconds", DRAIN_SECONDS, "--profile", str(profile), *MOVES_LOGGED),
     }
     made = Pair(folder, str(tiny.folder(MODEL)), blocks=BLOCKS, flags=flags, of_worker=of_worker)
     tell("computing what the answers must be")
-    for length, count in (*((each, COUNT) for each in LENGTHS), (LONG, LONG_COUNT)):
+    for length, count in (*product(LENGTHS, [COUNT]), *product(LONG, [LONG_COUNT])):
         for offset in range(SEEDS):
             truth(length, 30 + offset, count)
     try:
@@ -219,7 +224,7 @@ def run(folder: Path, seed: int, requests: int, minutes: float, policy: str, tel
     result.events, defects = audit.heard(folder)
     result.defects += defects
     if policy == "proactive" and len(result.cases) >= MANY:
-        result.defects += [f"nothing was {what}" for what in (audit.ORDERED, audit.MOVED) if not result.events[what]]
+        result.defects += [f"nothing was {what}" for what in ("ordered", audit.MOVED) if not result.events[what]]
     if left := set(psutil.Process().children(recursive=True)) - others:
         result.defects += [
             f"left behind: {each}" for each in left if "resource_tracker" not in " ".join(each.cmdline())

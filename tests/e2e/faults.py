@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from tests.e2e.pair import NAMES, Pair
+from tests.e2e.pair import NAMES, Pair, free_port
 
 LOCALHOST = "127.0.0.1"
 KINDS = {  # what happens, and how often against the others
@@ -71,8 +71,7 @@ class Lane:
 
     def aim(self) -> int:
         """A free port for the worker that is about to start."""
-        with socket.create_server((LOCALHOST, 0)) as free:
-            self.target = int(free.getsockname()[1])
+        self.target = free_port()
         return self.target
 
     async def open(self) -> None:
@@ -191,7 +190,7 @@ class Faults:
                     for name in hit:
                         self.pool.controllers[name].kill()
                     await asyncio.sleep(fault.lasts)
-                    for process in [self.pool.start_one_again(name) for name in hit]:
+                    for process in [self.pool.start_controller(name) for name in hit]:
                         await asyncio.to_thread(process.ready)
                 case "stop" | "stop controller":
                     process = {**self.pool.workers, **self.pool.controllers}[hit[0]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import socket
 from contextlib import suppress
 
 from infinillm import rpc
@@ -13,6 +15,15 @@ from tests.e2e.processes import ANSWER_SECONDS, CONTROLLER, Cluster, Process, un
 LEASE_SECONDS = 2.0
 SOON = 3 * LEASE_SECONDS  # for another one to lead: the lease, a look, and a busy machine
 NAMES = ("one", "two")
+OWN_PORTS = range(20_000, 30_000)  # nobody is given one of these who does not ask for it
+
+
+def free_port() -> int:
+    """A port to start, and start again, something at."""
+    while True:
+        port = random.choice(OWN_PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Pair(Cluster):
@@ -23,16 +34,14 @@ class Pair(Cluster):
         self.controllers: dict[str, Process] = {}
         self.ports: dict[str, str] = {}
         for name in NAMES:  # one after the other: the first one leads first
-            self.controllers[name] = self.start_controller(name, "0")
-            self.ports[name] = self.controllers[name].ready()["address"].rpartition(":")[2]
+            self.ports[name] = str(free_port())
+            self.start_controller(name).ready()
         self.address = ",".join(each.said["address"] for each in self.keepers)
 
-    def start_controller(self, name: str, port: str) -> Process:
-        return self._start(f"controller-{name}", "controller", "--port", port, *self.lease)
-
-    def start_one_again(self, name: str) -> Process:
-        """Where it was; the old one must be dead. The new one is not waited for."""
-        self.controllers[name] = self.start_controller(name, self.ports[name])
+    def start_controller(self, name: str) -> Process:
+        """Where it was, if it was; the old one must be dead. The new one is not waited for."""
+        at = ("--port", self.ports[name], *self.lease)
+        self.controllers[name] = self._start(f"controller-{name}", "controller", *at)
         return self.controllers[name]
 
     @property

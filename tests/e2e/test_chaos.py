@@ -49,13 +49,19 @@ def test_the_audit_sees() -> None:
 
 
 def test_the_audit_hears(tmp_path: Path) -> None:
-    """What no process may log, two leaders of one epoch, an older epoch believed, and moves that make room."""
-    order = {"event": "ordered", "request": "r", "source": "a", "target": "b", "reason": "room for 1 waiting request"}
+    """What no process may log, two leaders of one epoch, an older epoch believed, and moves that were ordered."""
+    order: dict[str, object] = {
+        "event": "ordered",
+        "request": "r",
+        "source": "a",
+        "target": "b",
+        "reason": "room for 1 waiting request",
+    }
     logs: dict[str, list[dict[str, object]]] = {
         "controller-one": [{"event": "leads", "epoch": 5}, order, {**order, "target": "c", "reason": "a circle"}],
         "controller-two": [{"event": "leads", "epoch": 6}],
         "worker-0": [{"event": "member", "epoch": epoch} for epoch in (5, 6, 6)],
-        "worker-1": [{"event": "moved", "request": "r", "source": "a", "target": target} for target in "bbc"],
+        "worker-1": [{"event": "moved", "request": "r", "source": "a", "target": target} for target in "bbcd"],
     }
 
     def heard() -> audit.Heard:
@@ -65,8 +71,8 @@ def test_the_audit_hears(tmp_path: Path) -> None:
 
     events, defects = heard()
     assert not defects
-    assert (events["leads"], events["moved"], events["ordered"]) == (2, 3, 2)
-    assert (events[audit.ORDERED], events[audit.MOVED]) == (1, 2)
+    assert (events["leads"], events["moved"], events["ordered"]) == (2, 4, 2)
+    assert (events[audit.ROOM_ORDERED], events[audit.MOVED]) == (1, 3)
     logs["controller-two"] += [{"event": "leads", "epoch": 5}]
     logs["worker-0"] += [
         {"event": "member", "epoch": 5},

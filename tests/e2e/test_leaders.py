@@ -103,7 +103,7 @@ def test_when_the_leader_is_gone_the_other_one_leads_within_seconds_and_nobody_n
         until(lambda: books_agree(pair), "the ledger is the nodes' own books", SOON)
         if how == signal.SIGKILL:
             gone.wait()
-            pair.start_one_again(old).ready()
+            pair.start_controller(old).ready()
         else:
             gone.signal(signal.SIGCONT)  # it has not heard of anything
         with pytest.raises(Unavailable, match=f"stands by; .*{pair.ports[new]} leads|none that it knows of"):
@@ -134,4 +134,4 @@ def test_a_leader_that_is_told_to_end_is_followed_within_a_second(pair: Pair) ->
         assert pair.controllers[old].end() == 0
         until(lambda: pair.leader(new), "the other one leads", 1.0 + LEASE_SECONDS / 5)
         until(lambda: len(pair.asked(new).nodes) == 3, "every worker has joined there", SOON)
-    pair.start_one_again(old).ready()
+    pair.start_controller(old).ready()

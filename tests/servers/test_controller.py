@@ -374,20 +374,20 @@ def test_one_node_saves_up_at_a_time_and_only_under_policy_proactive() -> None:
         return bool((await client.Creditors(request, timeout=SOON)).may_save)
 
     async def test(world: World, client: rpc.Client) -> None:
-        for name in ("a", "b"):
-            Member(world, Report(node(name, used=100)))
-        await world.settled()
-        assert not await asks(client, "a", outgrown=False)
+        _, b = (Member(world, Report(node(name, used=100))) for name in ("a", "b"))
+        assert await world.settled() and not await asks(client, "a", outgrown=False)
         assert await asks(client, "a")
         assert not await asks(client, "b")
         world.now += TURN_SECONDS
         assert await asks(client, "b"), "a asks no more"
         assert not await asks(client, "a")
+        await b.leave()
+        assert await asks(client, "a"), "b is gone"
+        world.members.remove(b)
 
     async def never(world: World, client: rpc.Client) -> None:
         Member(world, Report(node("a", used=100)))
-        await world.settled()
-        assert not await asks(client, "a")
+        assert await world.settled() and not await asks(client, "a")
 
     living(test, "proactive")
     living(never, "pooled")
