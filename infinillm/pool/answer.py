@@ -33,6 +33,7 @@ from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes, choose, host_key
 
+REST_SECONDS = 10.0  # after a recall; else the borrower has the blocks again before those who waited for them
 DOUBT_SECONDS = 3.0  # a borrower that lives and needs its blocks talks again with its next step
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
 
@@ -59,6 +60,7 @@ class PoolService:
         self.clock, self.metrics, self.threads = clock, metrics, threads
         self.conversations: dict[str, Conversation] = {}
         self.incarnations: dict[NodeId, str] = {}  # of those who have a loan
+        self.rests_until = 0.0  # nothing is lent before that
         self.recalls: dict[LoanId, tuple[int, float]] = {}  # to how many blocks a loan must shrink, and until when
         self.draining = False
 
@@ -82,6 +84,8 @@ class PoolService:
                 return pb.LendResponse(refused=f"{node}: the loan {request.loan} is over")
             if loan is not None and loan.id in self.recalls:
                 return pb.LendResponse(refused=f"{node} wants blocks back from {borrower}")
+            if request.blocks and now < self.rests_until:
+                return pb.LendResponse(refused=f"{node} has just wanted blocks back for its own requests")
             name = f"{node}>{borrower}#{secrets.token_hex(6)}"
             blocks = min(request.blocks, max(self.memory.blocks.offer, request.least or request.blocks))
             result = self.memory.blocks.lend(borrower, blocks, now + self.loan_seconds, name)
@@ -117,8 +121,10 @@ class PoolService:
             talk.news.put_nowait(pb.ConverseResponse(ending=True))
 
     def recall(self, blocks: int) -> None:
-        """Want so many blocks back, of the largest loans first. Called from the event loop."""
+        """Want so many blocks back, of the largest loans first, and keep them. Called from the event loop."""
+        self.rests_until = self.clock() + REST_SECONDS
         with self.memory.lock:
+            self.memory.keep_back(0, 0.0)
             loans = sorted(self.memory.blocks.loans.values(), key=lambda loan: -loan.blocks)
         for loan in loans:
             asked = min(blocks, loan.blocks)

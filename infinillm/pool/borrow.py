@@ -23,14 +23,14 @@ from infinillm import rpc, wire
 from infinillm.core.layout import firsts, stretches
 from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import InfinillmError, NodeLost, Unavailable
-from infinillm.pool.lender import Candidates, Lender
+from infinillm.pool.lender import RPC_SECONDS, Candidates, Lender, ask_to_lend, give_back
 from infinillm.pool.memory import Memory
 from infinillm.pool.talk import POOL, REOPEN_SECONDS, Conversation
 from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes, host_key
 
-RPC_SECONDS = 5.0
+ENDING = -1  # everything is wanted back
 DOUBT_SECONDS = 60.0  # for which a node that answered nonsense is not asked for memory
 
 
@@ -45,6 +45,7 @@ class Lenders:
         self.accounts: dict[NodeId, Lender] = {}
         self.saved_until = 0.0  # what is saved up is not idle before that
         self.doubted: dict[NodeId, float] = {}  # who answered nonsense, and until when nobody asks it
+        self._early: dict[NodeId, int] = {}  # what lenders want back whose loans are not entered yet
         self.lock = threading.RLock()
         self._dealing = asyncio.Lock()  # one borrowing or returning at a time: both speak of whole loans
         self._opening = ThreadPoolExecutor(thread_name_prefix="open-port")
@@ -81,14 +82,18 @@ class Lenders:
     def recalled(self, node: NodeId, blocks: int) -> None:
         """A lender wants blocks back; called by the thread that hears it."""
         with self.lock:
-            if (lender := self.accounts.get(node)) is not None:
+            if (lender := self.accounts.get(node)) is None:
+                self._early[node] = blocks
+            else:
                 lender.recalled = max(lender.recalled, min(blocks, lender.blocks))
-        log("recall_heard", lender=node, blocks=blocks)
+                log("recall_heard", lender=node, blocks=blocks)
 
     def ending(self, node: NodeId) -> None:
         """A lender ends, and all that lies there has to come home; called by the thread that hears it."""
         with self.lock:
-            if (lender := self.accounts.get(node)) is not None:
+            if (lender := self.accounts.get(node)) is None:
+                self._early[node] = ENDING
+            else:
                 lender.ending, lender.recalled = True, lender.blocks
 
     @property
@@ -249,7 +254,7 @@ class Lenders:
             total += answer[1]
         if total < least:
             for _, address, loan, asked in got:
-                await self._return(address, loan, asked)
+                await give_back(address, loan, asked)
             return Refused("; ".join(reasons) or f"{total} of {least} blocks could be borrowed")
         for node, address, loan, asked in got:
             try:
@@ -267,15 +272,20 @@ class Lenders:
         """
         opened = None
         if node not in self.accounts:
+            self._early.pop(node, None)
             try:
                 opened = await asyncio.to_thread(self._open, node, address, loan, ())
             except InfinillmError:
-                await self._return(address, loan, blocks)
+                await give_back(address, loan, blocks)
                 raise
         with self.lock:
             lender = self.accounts.setdefault(node, Lender(node, address, loan, 0, conversation=opened))
             lender.blocks += blocks
             lender.idle_since = time.monotonic()
+            if (early := self._early.pop(node, 0)) == ENDING:
+                self.ending(node)
+            elif early:
+                self.recalled(node, early)
         self.metrics.add("loan_operations_total", operation="borrow")
         log("borrowed", lender=node, blocks=blocks, total=lender.blocks)
 
@@ -297,8 +307,7 @@ class Lenders:
         """
         await self.meet(node, address)
         with self.lock:
-            lender = self.accounts.get(node)
-            talk = lender.conversation if lender is not None else None
+            talk = lender.conversation if (lender := self.accounts.get(node)) is not None else None
         if talk is None:
             return []  # the next step opens it again; this request can do without
         answers = [talk.share(seq, first, names) for first, names in runs]
@@ -327,22 +336,23 @@ class Lenders:
             await self._end(idle)
             for lender, room in spare:
                 log("gave_back", lender=lender.node, blocks=room)
-                await self._return(lender.address, lender.loan, room)
+                await give_back(lender.address, lender.loan, room)
 
     def renew(self) -> None:
-        with self.lock:
-            lenders = list(self.accounts.values())
-        for talk in [lender.conversation for lender in lenders]:
-            if talk is not None:
-                talk.renew()
+        for talk in self._talks:
+            talk.renew()
 
     def measure(self) -> None:
         with self.lock:
-            open_now = [x.conversation for x in self.accounts.values() if x.conversation is not None]
             recalled = sum(lender.recalled for lender in self.accounts.values())
         self.metrics.set("recalled_blocks", recalled, side="borrower")
-        for conversation in open_now:
-            conversation.measure(self.metrics)
+        for talk in self._talks:
+            talk.measure(self.metrics)
+
+    @property
+    def _talks(self) -> list[Conversation]:
+        with self.lock:
+            return [x.conversation for x in self.accounts.values() if x.conversation]
 
     async def close(self) -> None:
         async with self._dealing:
@@ -356,27 +366,18 @@ class Lenders:
             log("gave_back", lender=lender.node, blocks=lender.blocks)
             if lender.conversation is not None:
                 await asyncio.to_thread(lender.conversation.close)
-            await self._return(lender.address, lender.loan, 0)
+            await give_back(lender.address, lender.loan, 0)
 
     # --- the wire ------------------------------------------------------------------------------------------------
 
     async def _lend(self, node: NodeId, address: str, blocks: int, least: int) -> tuple[LoanId, int] | Refused:
         known = self.accounts.get(node)
-        loan = known.loan if known is not None else ""
+        loan, held = (known.loan, known.blocks) if known is not None else ("", 0)
         request = pb.LendRequest(
             borrower=self.node, borrower_incarnation=self.incarnation, blocks=blocks, loan=loan, least=least
         )
-        async with rpc.channel(address) as channel:
-            reply = await rpc.Client(channel, POOL).Lend(request, timeout=RPC_SECONDS)
-        more = reply.loan.blocks - (known.blocks if known is not None else 0)
-        return (str(reply.loan.id), more) if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
-
-    async def _return(self, address: str, loan: LoanId, blocks: int) -> None:
-        try:
-            async with rpc.channel(address) as channel:
-                await rpc.Client(channel, POOL).Return(pb.ReturnRequest(loan=loan, blocks=blocks), timeout=RPC_SECONDS)
-        except InfinillmError as error:
-            log("return_failed", loan=loan, reason=error.message)  # it lapses by itself
+        lent = await ask_to_lend(address, request)
+        return lent if isinstance(lent, Refused) else (lent.id, lent.blocks - held)
 
     def _open(self, node: NodeId, address: str, loan: LoanId, held: Iterable[Stretch]) -> Conversation:
         with rpc.blocking_channel(address) as channel:

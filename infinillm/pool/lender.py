@@ -1,4 +1,4 @@
-"""One node we borrow from: the account of its loan, and what of our sequences lies there."""
+"""One node we borrow from: the account of its loan, what of our sequences lies there, and how to ask it for more."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from infinillm.core.types import LoanId, NodeId, SeqId
-from infinillm.pool.talk import Conversation
+from infinillm import rpc
+from infinillm.core.types import LoanId, NodeId, Refused, SeqId
+from infinillm.errors import InfinillmError
+from infinillm.pool.talk import POOL, Conversation
+from infinillm.protos import pool_pb2 as pb
+from infinillm.protos import types_pb2
+from infinillm.telemetry import log
 
+RPC_SECONDS = 5.0
 Candidates: TypeAlias = Sequence[tuple[NodeId, str, int]]  # who may lend, its address, and how many blocks
 
 
@@ -52,3 +58,19 @@ class Lender:
         if self.ending:
             return sum(map(len, self.held.values())) + sum(map(len, self.staged.values()))
         return max(0, self.recalled - self.spare)
+
+
+async def ask_to_lend(address: str, request: pb.LendRequest) -> types_pb2.Loan | Refused:
+    """The whole loan there is now. Raises what a call raises."""
+    async with rpc.channel(address) as channel:
+        reply = await rpc.Client(channel, POOL).Lend(request, timeout=RPC_SECONDS)
+    return reply.loan if reply.WhichOneof("result") == "loan" else Refused(reply.refused)
+
+
+async def give_back(address: str, loan: LoanId, blocks: int) -> None:
+    """So many blocks of a loan; 0: all of it. A lender that does not hear it lets the loan lapse."""
+    try:
+        async with rpc.channel(address) as channel:
+            await rpc.Client(channel, POOL).Return(pb.ReturnRequest(loan=loan, blocks=blocks), timeout=RPC_SECONDS)
+    except InfinillmError as error:
+        log("return_failed", loan=loan, reason=error.message)

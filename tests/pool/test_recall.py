@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from infinillm.core.types import Span
-from infinillm.pool.answer import PoolService
+from infinillm.pool.answer import REST_SECONDS, PoolService
 from tests import tiny
 from tests.cluster import Cluster
 from tests.pool.test_fences import lend, lending
@@ -164,7 +164,8 @@ def test_room_for_what_is_recalled_is_not_given_to_who_waits():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(seed):
+def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(seed, monkeypatch):
+    monkeypatch.setattr("infinillm.pool.answer.REST_SECONDS", 0.0)
     """Every few steps one of three lenders recalls some; others have room, mostly; each gets its own back in time."""
     draw, lengths = random.Random(seed), {"s": (LENGTH, 1), "t": (70, 2), "u": (45, 3)}
     with Cluster(decoder("llama"), {"a": 12, "b": 16, "c": 16, "d": 16}, step_tokens=48, moves=32) as cluster:
@@ -248,3 +249,36 @@ def test_a_recall_is_over_once_enough_came_back():
         assert (await lend(client, "1", loan)).loan.blocks == 4
 
     lending(test)
+
+
+def test_what_was_wanted_back_is_not_lent_again_at_once():
+    async def test(client: Any, service: PoolService) -> None:
+        now = 1000.0
+        service.clock = lambda: now
+        loan = (await lend(client, "1")).loan
+        service.memory.keep_back(3, now + 5)
+        service.recall(loan.blocks)
+        assert service.memory.kept_back(now) == 0, "it is for its own requests"
+        await asyncio.to_thread(service.memory.blocks.give_back, "a")
+        assert "just wanted blocks back" in (await lend(client, "1", borrower="c")).refused
+        now += REST_SECONDS
+        assert (await lend(client, "1", borrower="c")).loan.blocks == loan.blocks
+
+    lending(test)
+
+
+def test_a_recall_that_is_heard_before_the_loan_is_entered_counts():
+    with Cluster(decoder("llama"), {"a": 30, "b": 20}) as cluster:
+        lenders, entered = cluster.home.lenders, cluster.home.lenders._open
+
+        def open_and_hear(*told: Any) -> Any:
+            opened = entered(*told)
+            lenders.recalled("b", 5)
+            return opened
+
+        lenders._open = open_and_hear  # type: ignore[method-assign]
+        cluster.lend("b", 12)
+        assert lenders.room() == {"b": 7}
+        tidy(cluster)
+        assert lent(cluster) == 7
+        cluster.settle()
