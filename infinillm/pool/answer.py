@@ -122,7 +122,6 @@ class PoolService:
 
     def recall(self, blocks: int) -> None:
         """Want so many blocks back, of the largest loans first, and keep them. Called from the event loop."""
-        self.rests_until = self.clock() + REST_SECONDS
         with self.memory.lock:
             self.memory.keep_back(0, 0.0)
             loans = sorted(self.memory.blocks.loans.values(), key=lambda loan: -loan.blocks)
@@ -132,6 +131,7 @@ class PoolService:
             if asked < 1 or loan.id in self.recalls:
                 continue
             self.recalls[loan.id] = (loan.blocks - asked, self.clock() + self.patience)
+            self.rests_until = self.clock() + REST_SECONDS
             log("recalled", loan=loan.id, borrower=loan.borrower, blocks=asked)
             self.metrics.add("loan_operations_total", operation="recall")
             for talk in self._talks(loan.borrower):

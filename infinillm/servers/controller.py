@@ -227,17 +227,18 @@ class Controller:
         self._check_leads(request.epoch)
         if request.blocks < 1:
             raise BadRequest("blocks must be at least 1", field="blocks")
-        self._check_current(request.node, request.incarnation)
         node, exclude, outgrown = request.node, frozenset(request.exclude), request.outgrown
+        self._check_current(node, request.incarnation)
         offers, self.turn, may_save = saving.creditors(
             self.policy, self._expected(), self.turn, self.clock(), node, request.blocks, exclude, outgrown
         )
-        answer = pb.CreditorsResponse(epoch=self.epoch, may_save=may_save)
-        if node in self.ledger.nodes and not self.settling:
-            answer.max_tokens = self.policy.reach(self.ledger, node, self._block_size())
+        another = outgrown and self.policy.saves and not may_save
+        answer = pb.CreditorsResponse(epoch=self.epoch, may_save=may_save, another_saves=another)
+        known = node in self.ledger.nodes and not self.settling
+        answer.max_tokens = self.policy.reach(self.ledger, node, self._block_size()) if known else 0
         if isinstance(offers, Refused):
-            log("creditors_refused", node=node, blocks=request.blocks, reason=offers.reason)
             answer.refused = offers.reason
+            log("creditors_refused", node=node, blocks=request.blocks, reason=offers.reason)
             return answer
         log("creditors_named", node=node, blocks=request.blocks, offers=dict(offers))
         answer.creditors.extend(pb.Creditor(node=n, address=self.ledger.nodes[n].address, blocks=b) for n, b in offers)
@@ -317,8 +318,7 @@ class Controller:
         """Once per heartbeat: who is silent, whether the books balance, and the metrics."""
         if not self.leads and self.until > -math.inf:  # the lease could not be renewed
             self.stand_by("")
-        now = self.clock()
-        slept = now - self.ticked - self.heartbeat_seconds
+        slept = (now := self.clock()) - self.ticked - self.heartbeat_seconds
         if slept > self.heartbeat_seconds:
             self.heard = {node: when + slept for node, when in self.heard.items()}
         self.ticked = now

@@ -60,6 +60,7 @@ class Membership:
         self.heartbeat_seconds = NO_HEARTBEAT
         self.max_tokens = 0  # of the longest sequence this node could come to hold, by the last answer; 0: not known
         self.may_save = False  # by that answer: keep less than is needed, until there is enough
+        self.another_saves = False  # by that answer: for a request like this one, at another node
         self.others = 0  # nodes besides this one that take requests
         self._speaking = asyncio.Lock()
         self._over = asyncio.Event()
@@ -91,7 +92,7 @@ class Membership:
         self, blocks: int, exclude: Collection[NodeId], outgrown: bool
     ) -> list[tuple[NodeId, str, int]] | Refused:
         """Who else could lend: (node, address, blocks), best first. `outgrown`: for more than this node can hold."""
-        self.max_tokens, self.may_save = 0, False
+        self.max_tokens, self.may_save, self.another_saves = 0, False, False
         node = self.report().node
         request = pb.CreditorsRequest(
             node=node.id, incarnation=node.incarnation, blocks=blocks, exclude=exclude, outgrown=outgrown
@@ -100,7 +101,7 @@ class Membership:
             answer = await self.controllers.ask("Creditors", request, timeout=ANSWER_SECONDS)
         except InfinillmError as error:
             return Refused(error.message)
-        self.max_tokens, self.may_save = answer.max_tokens, answer.may_save
+        self.max_tokens, self.may_save, self.another_saves = answer.max_tokens, answer.may_save, answer.another_saves
         if answer.refused:
             return Refused(answer.refused)
         return [(each.node, each.address, each.blocks) for each in answer.creditors]

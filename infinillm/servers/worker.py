@@ -289,8 +289,8 @@ class Worker:
             answer = Refused(error.message)
         if isinstance(answer, Refused):
             log("borrow_refused", blocks=least, reason=answer.reason)
-            if alone is not None and self._starves(alone.id):  # nothing runs here, for lack of what we lent
-                self.pool.recall(least)
+            if alone is not None and self._starves(alone.id) and not self.membership.another_saves:
+                self.pool.recall(least)  # nothing runs here, for lack of what we lent
         self.engine.inbox.put(Borrowed(answer, alone.id if alone is not None and never else ""))
 
     def _starves(self, request: SeqId) -> bool:

@@ -262,6 +262,8 @@ def test_what_was_wanted_back_is_not_lent_again_at_once():
         await asyncio.to_thread(service.memory.blocks.give_back, "a")
         assert "just wanted blocks back" in (await lend(client, "1", borrower="c")).refused
         now += REST_SECONDS
+        service.recall(0)
+        assert service.rests_until == now, "nothing was wanted"
         assert (await lend(client, "1", borrower="c")).loan.blocks == loan.blocks
 
     lending(test)
