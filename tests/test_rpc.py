@@ -83,6 +83,8 @@ class Shard:
     async def Placement(self, request: Any, call: Any) -> Any:
         raise AssertionError("not called")
 
+    Meet = HandOver = Placement
+
 
 class Pool:
     """Echoes what a borrower says."""

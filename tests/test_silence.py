@@ -40,6 +40,8 @@ class Busy:
     async def Placement(self, request: Any, call: Any) -> pb.PlacementResponse:
         return pb.PlacementResponse()
 
+    Meet = HandOver = Placement
+
 
 @contextmanager
 def _process(*argv: str) -> Iterator[subprocess.Popen[bytes]]:
