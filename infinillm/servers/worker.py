@@ -45,7 +45,7 @@ TICK_SECONDS = 0.5
 IDLE_LOAN_SECONDS = 2.0
 LOOK_SECONDS = 0.05
 # Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
-RECALL_AFTER_SECONDS = 30.0
+RECALL_AFTER_SECONDS = 45.0
 KEPT_USES = 4096
 LEAVING_SECONDS = 1.0  # in which gateways may find others that go on, while tokens still come
 HANDED_OVER_SECONDS = 2.0  # in which whoever goes on with a request asks for what lies here
