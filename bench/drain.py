@@ -22,7 +22,6 @@ from pathlib import Path
 
 from bench.machine import facts, say
 from tests.e2e import client, processes
-from tests.e2e.test_owners import owner
 
 OUTPUT = 160  # tokens
 SIGNALS = {"undisturbed": None, "drained": signal.SIGTERM, "killed": signal.SIGKILL}
@@ -33,7 +32,7 @@ def gaps(pool: processes.Cluster, prompt: list[int], told: signal.Signals | None
     """Seconds between the messages of one stream, whose worker is told this in the middle of it."""
     with client.streaming(pool.url, prompt, OUTPUT) as stream:
         stream.read(1)
-        home, times, waiting = owner(pool, stream), [time.perf_counter()], told is not None
+        home, times, waiting = pool.placement(stream.id)["node"], [time.perf_counter()], told is not None
         while len(stream.tokens) < OUTPUT:
             stream.read(len(stream.tokens) + 1)
             times.append(time.perf_counter())

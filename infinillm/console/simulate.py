@@ -16,7 +16,7 @@ from infinillm.core import policy as policies
 from infinillm.core.scheduler import Budget
 from infinillm.errors import BadRequest
 from infinillm.sim.hardware import Cluster, cluster, read_size
-from infinillm.sim.simulation import Ending, Simulation
+from infinillm.sim.simulation import Simulation
 from infinillm.sim.statistics import Spread, Tally
 from infinillm.sim.traffic import workload
 
@@ -102,20 +102,14 @@ def simulated(settings: config.Simulate, place: Cluster, policy: policies.Policy
     simulation = Simulation(
         place, policy, budget, lend_fraction=settings.lend_fraction, beat_seconds=settings.heartbeat_seconds
     )
-    tally, ended = Tally(), 0
-
-    def then(ending: Ending) -> None:
-        nonlocal ended
-        ended += 1
-        tally.add(ending)
-
+    tally = Tally()
     arrivals = workload(settings.trace, rate=settings.rate, seed=settings.seed, count=settings.requests)
-    simulation.play(arrivals, then)
+    simulation.play(arrivals, tally.add)
     events = 0
-    while (simulation.arriving or simulation.running) and simulation.clock.step(settings.seconds or float("inf")):
+    while simulation.busy and simulation.clock.step(settings.seconds or float("inf")):
         events += 1
         if events % TELL_EVERY == 1:
-            progress.say(f"policy {policy.name}", ended / settings.requests)
+            progress.say(f"policy {policy.name}", (tally.served + tally.refused) / settings.requests)
     workers = simulation.workers.values()
     return Outcome(
         policy.name,

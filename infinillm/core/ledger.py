@@ -23,11 +23,13 @@ known, and the spans of a layout are in order and do not overlap.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TypeAlias
 
+from infinillm.core.pace import ARRIVAL_SECONDS
 from infinillm.core.types import Layout, Ledger, Loan, LoanId, Node, NodeId, SeqId
 from infinillm.errors import Broken
 
@@ -139,6 +141,30 @@ def changes(before: Report, after: Report) -> tuple[Event, ...]:
 def rebuild(epoch: int, reports: Iterable[Report]) -> Ledger:
     """A new ledger from the nodes' own books, in any order."""
     return apply_all(Ledger(epoch), (Joined(report) for report in reports))
+
+
+class Promised:
+    """The requests that were routed to nodes since these last told of their queues."""
+
+    def __init__(self) -> None:
+        self._sent: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks), oldest first
+
+    def add(self, node: NodeId, blocks: int, now: float) -> None:
+        self._sent.setdefault(node, deque()).append((now, blocks))
+
+    def heard(self, node: NodeId, now: float) -> None:
+        """The node has told of its queue: what was sent some time ago is in it."""
+        sent = self._sent.get(node)
+        while sent and sent[0][0] < now - ARRIVAL_SECONDS:
+            sent.popleft()
+
+    def forget(self, node: NodeId) -> None:
+        self._sent.pop(node, None)
+
+    def expected(self, ledger: Ledger) -> Ledger:
+        """The ledger with all of these in the queues."""
+        sums = {node: (sum(blocks for _, blocks in sent), len(sent)) for node, sent in self._sent.items() if sent}
+        return expecting(ledger, sums)
 
 
 def expecting(ledger: Ledger, promised: Mapping[NodeId, tuple[int, int]]) -> Ledger:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from infinillm.core.layout import filled, grown, plan, without
+from infinillm.core.pace import MOST_ADMITTED, RETRY_SECONDS
 from infinillm.core.request import FINISHED, MOVED, Request, Sequence, total
 from infinillm.core.scheduler import Budget, Here, need, schedule, shortage
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
@@ -45,10 +46,8 @@ from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
 
-RETRY_SECONDS = 0.25  # between two wishes to borrow that were refused
 MOST_REFUSED = 20  # wishes in a row, before waiting requests let go of what others keep for them
 MOST_FAILED = 3  # passes in a row that may raise
-MOST_ADMITTED = 8  # sequences in one step
 KEPT_PLACEMENTS = 256
 
 

@@ -26,7 +26,6 @@ import asyncio
 import math
 import platform
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -37,9 +36,10 @@ from infinillm.core import policy as policies
 from infinillm.core.cost import Cost, Costs
 from infinillm.core.ledger import Event, Joined, Left, Lent, Report, Returned
 from infinillm.core.names import Landmarks
+from infinillm.core.pace import PLAN_BEATS
 from infinillm.core.policy import saving
 from infinillm.core.policy.near import near
-from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.policy.orders import MoveBlocks, blocks_for
 from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
 from infinillm.errors import BadRequest, Broken, NotFound, Stale, StandsBy, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -51,8 +51,6 @@ from infinillm.telemetry import Metrics, log
 
 CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
 SILENT_BEATS = 6
-PLAN_BEATS = 4  # what a plan set going shows in the ledger by then
-ARRIVAL_SECONDS = 0.1  # a routed request is in its node's queue by then, and so in its next report
 STOP_SECONDS = 1.0
 
 
@@ -87,7 +85,7 @@ class Controller:
         self.model: Model | None = None  # of the nodes in the ledger; the first to join says
         self.heard: dict[NodeId, float] = {}
         self.landmarks, self.turn = Landmarks(), saving.NOBODY
-        self.promised: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks) of requests routed
+        self.promised = books.Promised()
         self.started = self.ticked = self.clock()
         self.restarted = False
         self.sound = True
@@ -167,9 +165,7 @@ class Controller:
         self.hear(heard_in(request, now))
         self.landmarks.tell(request.node, request.marks, request.unmarked)
         self.heard[request.node] = now
-        promised = self.promised.get(request.node)
-        while promised and promised[0][0] < now - ARRIVAL_SECONDS:
-            promised.popleft()
+        self.promised.heard(request.node, now)
         self.metrics.add("heartbeats_total")
         orders = (o for o in self.orders.pop(request.node, ()) if o.target in self.ledger.nodes)
         moves = (wire.move_to_wire(order, self.ledger.nodes[order.target].address) for order in orders)
@@ -194,7 +190,7 @@ class Controller:
             return
         self.hear([Left(node, reason)])
         self.heard.pop(node, None)
-        self.promised.pop(node, None)
+        self.promised.forget(node)
         self.orders.pop(node, None)
         self._price(node, None)
         self.landmarks.forget(node)
@@ -229,8 +225,9 @@ class Controller:
             raise BadRequest("blocks must be at least 1", field="blocks")
         node, exclude, outgrown = request.node, frozenset(request.exclude), request.outgrown
         self._check_current(node, request.incarnation)
+        ledger, now = self.promised.expected(self.ledger), self.clock()
         offers, self.turn, may_save = saving.creditors(
-            self.policy, self._expected(), self.turn, self.clock(), node, request.blocks, exclude, outgrown
+            self.policy, ledger, self.turn, now, node, request.blocks, exclude, outgrown
         )
         another = outgrown and self.policy.saves and not may_save
         answer = pb.CreditorsResponse(epoch=self.epoch, may_save=may_save, another_saves=another)
@@ -253,7 +250,7 @@ class Controller:
             self._refuse("no_worker", Unavailable("no worker has joined yet"))
         if request.model and request.model != self.model.name:
             raise NotFound(f"no model {request.model!r} is served here, only {self.model.name!r}", field="model")
-        size, now, expected = self._block_size(), self.clock(), self._expected()
+        size, expected = self._block_size(), self.promised.expected(self.ledger)
         found = self.policy.route(
             expected, request.prompt_tokens, request.longest_tokens, size, frozenset(request.exclude)
         )
@@ -265,7 +262,7 @@ class Controller:
             self._refuse("too_long", TooLong(found.reason))
         holders = self.landmarks.holders(request.marks)
         found = near(expected, found, holders, request.longest_tokens, size, frozenset(request.exclude))
-        self.promised.setdefault(found, deque()).append((now, -(-request.prompt_tokens // size)))
+        self.promised.add(found, blocks_for(request.prompt_tokens, size), self.clock())
         address, reach = self.ledger.nodes[found].address, self.policy.reach(self.ledger, found, size)
         sharing = [name for name, _ in holders if name != found] if self.policy.shares else []
         others = [types_pb2.Place(node=name, address=self.ledger.nodes[name].address) for name in sharing]
@@ -288,11 +285,6 @@ class Controller:
                 for sequence, layout in layouts.items()
             ],
         )
-
-    def _expected(self) -> Ledger:
-        """The ledger with what was routed since."""
-        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
-        return books.expecting(self.ledger, sums)
 
     def _block_size(self) -> int:
         return self.model.shape.block_size if self.model is not None else 1

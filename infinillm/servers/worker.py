@@ -18,6 +18,7 @@ from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.names import Uses
+from infinillm.core.pace import IDLE_LOAN_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.policy.saving import TURN_SECONDS
 from infinillm.core.request import Request
@@ -42,7 +43,6 @@ from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes
 
 TICK_SECONDS = 0.5
-IDLE_LOAN_SECONDS = 2.0
 LOOK_SECONDS = 0.05
 # Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
 RECALL_AFTER_SECONDS = 45.0

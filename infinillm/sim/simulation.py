@@ -10,8 +10,6 @@ ledger, the scheduler and the books are those of the product; what is left out i
 from __future__ import annotations
 
 import heapq
-import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +18,9 @@ from infinillm.core import ledger as books
 from infinillm.core.blocks import Blocks
 from infinillm.core.cost import Costs
 from infinillm.core.ledger import Joined, Report
+from infinillm.core.pace import PLAN_BEATS
 from infinillm.core.policy import Policy, saving
-from infinillm.core.policy.orders import MoveBlocks, Offers
+from infinillm.core.policy.orders import MoveBlocks, Offers, blocks_for
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Ledger, NodeId, Refused
@@ -29,8 +28,6 @@ from infinillm.sim.hardware import Cluster
 from infinillm.sim.traffic import Arrival
 from infinillm.sim.worker import Worker
 
-PLAN_BEATS = 4
-ARRIVAL_SECONDS = 0.1  # a routed request is in its node's report by then
 GREEDY = 0.0
 
 
@@ -99,12 +96,12 @@ class Simulation:
         self.costs = Costs(own={site.id: site.far if apart else site.near for site in cluster.sites})
         self.reports: dict[NodeId, Report] = {w.id: w.report() for w in self.workers.values()}
         self.ledger = books.apply_all(Ledger(1), (Joined(report) for report in self.reports.values()))
-        self.promised: dict[NodeId, deque[tuple[float, int]]] = {}
+        self.promised = books.Promised()
         self.turn = saving.NOBODY
         self.orders: tuple[MoveBlocks, ...] = ()
         self.running: dict[str, tuple[float, Then]] = {}
         self.arriving: Arrival | None = None
-        self.asked = self.refused = self.beats = 0
+        self.asked = self.beats = 0
         self.at(beat_seconds, self._beat)
 
     @property
@@ -117,12 +114,11 @@ class Simulation:
         """Ask for `output` tokens after a prompt of so many, now; `then` hears how it ended."""
         self.asked += 1
         size, now = self.budget.block_size, self.now
-        found = self.policy.route(self._expected(), prompt, prompt + output, size, ())
+        found = self.policy.route(self.promised.expected(self.ledger), prompt, prompt + output, size, ())
         if isinstance(found, Refused):
-            self.refused += 1
             then(Ending(now, now, now, prompt, 0, refused=found.reason))
             return
-        self.promised.setdefault(found, deque()).append((now, -(-prompt // size)))
+        self.promised.add(found, blocks_for(prompt, size), now)
         name = f"s{self.asked}"
         self.running[name] = (now, then)
         sampling = Sampling(temperature=GREEDY, max_tokens=output, ignore_eos=True)
@@ -143,6 +139,11 @@ class Simulation:
         self.ask(arrival.prompt, arrival.output, then)
         self.play(arrivals, then)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is still to arrive or to be answered."""
+        return self.arriving is not None or bool(self.running)
+
     def run(self, until: float) -> None:
         """Let time pass until then."""
         while self.clock.step(until):
@@ -150,11 +151,6 @@ class Simulation:
         self.clock.now = until
         for worker in self.workers.values():
             worker.settle()
-
-    def finish(self, until: float = math.inf) -> None:
-        """Let time pass until all that arrives is answered, or until then."""
-        while (self.arriving or self.running) and self.clock.step(until):
-            pass
 
     # --- what workers see ----------------------------------------------------------------------------------------
 
@@ -167,7 +163,7 @@ class Simulation:
 
     def offers(self, node: NodeId, blocks: int, outgrown: bool) -> tuple[Offers | Refused, bool]:
         offers, self.turn, may_save = saving.creditors(
-            self.policy, self._expected(), self.turn, self.now, node, blocks, (), outgrown
+            self.policy, self.promised.expected(self.ledger), self.turn, self.now, node, blocks, (), outgrown
         )
         return offers, may_save
 
@@ -178,11 +174,6 @@ class Simulation:
         return seconds * max(1.0, computing / self.cores)
 
     # --- the controller ------------------------------------------------------------------------------------------
-
-    def _expected(self) -> Ledger:
-        """The ledger with what was routed since."""
-        sums = {n: (sum(blocks for _, blocks in each), len(each)) for n, each in self.promised.items() if each}
-        return books.expecting(self.ledger, sums)
 
     def _beat(self) -> None:
         self.beats += 1
@@ -196,10 +187,8 @@ class Simulation:
             report = worker.report()
             told += books.changes(self.reports[worker.id], report)
             self.reports[worker.id] = report
+            self.promised.heard(worker.id, self.now)
         self.ledger = books.apply_all(self.ledger, told)
-        for each in self.promised.values():
-            while each and each[0][0] < self.now - ARRIVAL_SECONDS:
-                each.popleft()
         if self.beats % PLAN_BEATS == 0:
             found = self.policy.plan(self.ledger, self.costs, self.budget.block_size)
             self.orders = saving.orders(found, self.turn, self.now)

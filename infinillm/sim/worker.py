@@ -22,6 +22,7 @@ from infinillm.core.blocks import OWN, Blocks
 from infinillm.core.layout import filled, grown, moved, reserved
 from infinillm.core.ledger import Report
 from infinillm.core.moves import Wish, choose, pick
+from infinillm.core.pace import IDLE_LOAN_SECONDS, MOST_ADMITTED, RETRY_SECONDS
 from infinillm.core.policy.orders import MoveBlocks, Offers
 from infinillm.core.policy.saving import KEPT_SECONDS, TURN_SECONDS
 from infinillm.core.request import Request, Sequence, add
@@ -30,10 +31,7 @@ from infinillm.core.types import Chunk, Grow, Loan, Move, Node, NodeId, Refused,
 from infinillm.sim.hardware import Site
 from infinillm.sim.steps import Going, Length
 
-MOST_ADMITTED = 8  # sequences in one step
 ASK_SECONDS = 0.02  # from a wish for blocks to the answer
-RETRY_SECONDS = 0.25
-IDLE_SECONDS = 2.0  # after which what is borrowed and not used goes back
 INCARNATION = "1"
 
 
@@ -77,7 +75,7 @@ class Worker:
         self.kept = (0, 0.0)  # blocks that are for somebody who saves up, and until when
         self.asking = self.denied = False
         self.ask_again = 0.0
-        self.preemptions = self.steps = self.rows = self.computed = self.moved = 0  # `rows`: of all steps
+        self.preemptions = self.steps = self.rows = self.moved = 0  # `rows`: of all steps
         self.prompts = self.output = 0  # tokens of prompts whose answer has begun, and of answers
         self._version = self._loans = 0
 
@@ -141,7 +139,8 @@ class Worker:
     def tidy(self) -> None:
         """Give back what no sequence has used for a while."""
         for lender, loan in list(self._lent_to_us()):
-            idle = max(self.lenders[lender.id] + IDLE_SECONDS, self.saved_until if lender.id in self.saved else 0.0)
+            saved_until = self.saved_until if lender.id in self.saved else 0.0
+            idle = max(self.lenders[lender.id] + IDLE_LOAN_SECONDS, saved_until)
             if loan.used < loan.blocks and self.world.now >= idle:
                 if not loan.used:
                     del self.lenders[lender.id]
@@ -172,7 +171,7 @@ class Worker:
     def _begin(self) -> None:
         if self.going is not None or not (self.running or self.waiting):
             return
-        room = {self.id: self.blocks.room, **{w.id: loan.blocks - loan.used for w, loan in self._lent_to_us()}}
+        room = self._room()
         kept = self.kept[0] if self.world.now < self.kept[1] else 0
         here = Here(self.blocks.count, kept, self.saved, not self.denied)
         waiting = self.waiting[:MOST_ADMITTED]
@@ -281,7 +280,6 @@ class Worker:
                 self._decode(sequence, times)
             else:
                 sequence.compute(chunk)
-                self.computed += chunk.stop - chunk.start
             if sequence.gap is None:
                 sequence.tokens.append(0)
                 self.output += times
@@ -295,7 +293,6 @@ class Worker:
         self._hold(sequence, start + times)
         sequence.done = add(sequence.done, start, start + times)
         cast("Length", sequence.tokens).count += times - 1
-        self.computed += times
 
     def _hold(self, sequence: Sequence, stop: int) -> None:
         """Blocks of home for tokens up to there."""
@@ -318,7 +315,7 @@ class Worker:
         """What goes elsewhere beside the step that begins; room is held for it there."""
         if not self.wishes:
             return ()
-        room = {self.id: self.blocks.room, **{w.id: loan.blocks - loan.used for w, loan in self._lent_to_us()}}
+        room = self._room()
         most = -(-self.budget.moves // self.size)
         chosen = choose(self.wishes, {s.id: s for s in self.running}, room, most, self.size)
         for move in chosen.moves:
@@ -350,6 +347,10 @@ class Worker:
             lender = self.world.worker(node)
             if (loan := lender.blocks.loans.get(self.id)) is not None:
                 yield lender, loan
+
+    def _room(self) -> dict[NodeId, int]:
+        """Blocks that may be taken on each node, home first."""
+        return {self.id: self.blocks.room, **{w.id: loan.blocks - loan.used for w, loan in self._lent_to_us()}}
 
     def _wish(self, step: Step) -> None:
         """As engine.loop.Engine: ask for what the step was short of, and more for what grows."""

@@ -177,6 +177,12 @@ class Cluster:
         with urllib.request.urlopen(self.url + path, timeout=ANSWER_SECONDS) as reply:
             return json.load(reply)
 
+    def placement(self, request: str) -> dict[str, Any]:
+        """Where the only sequence of a request is."""
+        (sequence,) = self.get(f"/v1/requests/{request}/placement")["data"]
+        found: dict[str, Any] = sequence
+        return found
+
     def start_controller_again(self) -> Process:
         """Where it was; the old one must be dead. The new one is not waited for."""
         self.controller = self._start("controller", "controller", "--port", self.address.rpartition(":")[2])

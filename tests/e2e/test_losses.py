@@ -27,7 +27,7 @@ def resubmitted(pool: Cluster) -> list[dict[str, Any]]:
 
 
 def home_and_lender(pool: Cluster, stream: Stream) -> tuple[str, str]:
-    (sequence,) = pool.get(f"/v1/requests/{stream.id}/placement")["data"]
+    sequence = pool.placement(stream.id)
     (lender,) = {span["node"] for span in sequence["spans"]} - {sequence["node"]}
     return sequence["node"], lender
 
@@ -66,7 +66,7 @@ def test_a_lender_that_stands_still_for_a_while_does_not_change_the_answer(pool:
         got = stream.finish()
     assert lost(pool, home)[already:][0]["node"] == lender
     assert (got.error, got.tokens) == (None, want)
-    (sequence,) = pool.get(f"/v1/requests/{got.id}/placement")["data"]
+    sequence = pool.placement(got.id)
     assert lender in {span["node"] for span in sequence["spans"]}, "it is too long for the other two"
     until(lambda: len(pool.ledger().nodes) == 3, "it is a member again", 15)
 
@@ -80,7 +80,7 @@ def test_the_home_of_a_request_that_is_killed_does_not_change_the_answer(pool: C
         pool.workers[home].kill()
         got = stream.finish()
     assert (got.error, got.tokens) == (None, want)
-    (sequence,) = pool.get(f"/v1/requests/{got.id}/placement")["data"]
+    sequence = pool.placement(got.id)
     assert sequence["node"] != home
     pool.start_worker_again(home)
 
@@ -100,7 +100,7 @@ def test_the_home_of_a_request_that_stands_still_does_not_change_the_answer(pool
             pool.workers[home].signal(signal.SIGCONT)
         got = stream.finish()
     assert (got.error, got.tokens) == (None, want)
-    (sequence,) = pool.get(f"/v1/requests/{got.id}/placement")["data"]
+    sequence = pool.placement(got.id)
     assert sequence["node"] != home
     until(lambda: len(pool.ledger().nodes) == 3, "it is a member again", 15)
 

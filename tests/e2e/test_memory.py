@@ -34,7 +34,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def placement(cluster: Cluster, id: str) -> list[dict[str, object]]:
-    (sequence,) = cluster.get(f"/v1/requests/{id}/placement")["data"]
+    sequence = cluster.placement(id)
     return sequence["spans"]
 
 

@@ -81,7 +81,7 @@ def test_blocks_move_away_and_back_while_the_answer_streams(pool: Cluster) -> No
     before = moved(pool)
     with commanded(pool) as controller, client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(5)
-        home = str(pool.get(f"/v1/requests/{stream.id}/placement")["data"][0]["node"])
+        home = str(pool.placement(stream.id)["node"])
         away = next(name for name in pool.workers if name != home)
         layouts = until(lambda: controller.ledger.layouts.get(home), "the home tells of its sequence", SOON)
         (seq,) = layouts

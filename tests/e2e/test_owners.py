@@ -9,7 +9,6 @@ import pytest
 
 from tests import tiny
 from tests.e2e import client
-from tests.e2e.client import Stream
 from tests.e2e.conftest import BLOCK, truth
 from tests.e2e.processes import Cluster, until
 
@@ -17,11 +16,6 @@ LENGTH, COUNT, MORE = 120, 150, 250  # tokens; one worker holds them
 NOTICED_SECONDS = 3.0
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
 PENALISED: dict[str, Any] = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
-
-
-def owner(pool: Cluster, stream: Stream) -> str:
-    (sequence,) = pool.get(f"/v1/requests/{stream.id}/placement")["data"]
-    return str(sequence["node"])
 
 
 def resubmitted(pool: Cluster) -> list[dict[str, Any]]:
@@ -40,7 +34,7 @@ def test_an_owner_that_is_killed(pool: Cluster, more: dict[str, Any]) -> None:
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, COUNT, **more) as stream:
         stream.read(20)
-        home = owner(pool, stream)
+        home = pool.placement(stream.id)["node"]
         pool.workers[home].kill()
         got = stream.finish()
     (event,) = resubmitted(pool)[already:]
@@ -50,7 +44,7 @@ def test_an_owner_that_is_killed(pool: Cluster, more: dict[str, Any]) -> None:
     assert got.tokens == whole.tokens
     assert stream.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
     assert len(stream.logprobs) == (COUNT if "logprobs" in more else 0)
-    assert owner(pool, stream) != home
+    assert pool.placement(stream.id)["node"] != home
     pool.start_worker_again(home)
 
 
@@ -59,7 +53,7 @@ def test_an_owner_that_stands_still_is_noticed_and_says_nothing_when_it_wakes(po
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(20)
-        home = owner(pool, stream)
+        home = pool.placement(stream.id)["node"]
         pool.workers[home].signal(signal.SIGSTOP)
         try:
             until(lambda: resubmitted(pool)[already:], f"{home} is given up", NOTICED_SECONDS)
@@ -81,7 +75,7 @@ def test_an_owner_that_is_told_to_end_hands_over_with_all_it_has(pool: Cluster) 
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, MORE) as stream:
         stream.read(20)
-        home = pool.workers[owner(pool, stream)]
+        home = pool.workers[pool.placement(stream.id)["node"]]
         others = [name for name in pool.workers if name != home.name]
         before = computed(pool, *others)
         home.signal(signal.SIGTERM)
@@ -100,7 +94,7 @@ def test_the_last_owner_that_is_told_to_end_finishes_what_it_can(pool: Cluster) 
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(5)
-        home = owner(pool, stream)
+        home = pool.placement(stream.id)["node"]
         others = [worker for name, worker in pool.workers.items() if name != home]
         for worker in others:
             worker.signal(signal.SIGTERM)

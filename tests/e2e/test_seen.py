@@ -30,7 +30,7 @@ def test_a_loan_a_loss_and_its_repair_are_told_as_they_happen(pool: Cluster) -> 
     prompt, want = truth(LENGTH, 71, COUNT)
     with client.streaming(pool.url, prompt, COUNT) as stream:
         stream.read(5)
-        (sequence,) = pool.get(f"/v1/requests/{stream.id}/placement")["data"]
+        sequence = pool.placement(stream.id)
         home = sequence["node"]
         (lender,) = {span["node"] for span in sequence["spans"]} - {home}
         assert sequence["holes"] == sequence["moving"] == []

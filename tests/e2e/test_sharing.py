@@ -14,7 +14,7 @@ from infinillm.servers.shard import SHARD
 from tests.e2e import client
 from tests.e2e.conftest import BLOCK, BLOCKS, truth
 from tests.e2e.processes import Cluster, until
-from tests.e2e.test_owners import computed, owner
+from tests.e2e.test_owners import computed
 
 LONG, COUNT = (BLOCKS + 8) * BLOCK + 2, 60  # tokens: more than one worker holds; another has room for the rest
 
@@ -45,7 +45,7 @@ def test_a_prefix_that_another_worker_computed_is_used_there(pool: Cluster) -> N
     prompt, want = truth(10 * BLOCK + 2, 41, 8)
     with client.streaming(pool.url, prompt[:-2], 8) as first:
         first.finish()
-        home = owner(pool, first)
+        home = pool.placement(first.id)["node"]
     other = next(name for name in pool.workers if name != home)
     before = computed(pool, other)
     with generating(pool, other, ask("shared", prompt, 8, [], node(pool, home))) as stream:

@@ -34,7 +34,7 @@ def tiered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def tokens_on(cluster: Cluster, id: str) -> dict[str, int]:
     """Where the tokens of a request are."""
-    (sequence,) = cluster.get(f"/v1/requests/{id}/placement")["data"]
+    sequence = cluster.placement(id)
     found: dict[str, int] = {}
     for span in sequence["spans"]:
         found[str(span["node"])] = found.get(str(span["node"]), 0) + int(span["stop"]) - int(span["start"])

@@ -61,14 +61,23 @@ async def met(node: str, address: str) -> None:
     pass
 
 
-def shard_of(engine: Any) -> ShardService:
-    return ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=nobody, meet=met)
+def shard_of(engine: Any, **more: Any) -> ShardService:
+    usual = {"max_waiting": 8, "find": nobody, "meet": met}
+    return ShardService(engine, asyncio.get_running_loop(), 10, 4, **{**usual, **more})
+
+
+async def begun(engine: Any, stream: Any) -> asyncio.Task[Any]:
+    """What the stream says first, once the engine has heard of the request."""
+    task = asyncio.ensure_future(anext(stream))
+    while not engine.inbox.qsize():
+        await asyncio.sleep(0)
+    return task
 
 
 def test_a_full_queue_refuses() -> None:
     async def scenario() -> None:
         engine: Any = FakeEngine()
-        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=2, find=nobody, meet=met)
+        shard = shard_of(engine, max_waiting=2)
         asked = [shard.Generate(ask(str(i)), None) for i in range(4)]
         tasks = [asyncio.ensure_future(anext(each)) for each in asked[:2]]
         while engine.inbox.qsize() < 2:
@@ -93,9 +102,7 @@ def test_a_full_queue_refuses() -> None:
 def test_what_another_worker_produced_counts_as_output() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
-        asked = asyncio.ensure_future(anext(shard_of(engine).Generate(ask("s", already=[7, 8]), None)))
-        while not engine.inbox.qsize():
-            await asyncio.sleep(0)
+        asked = await begun(engine, shard_of(engine).Generate(ask("s", already=[7, 8]), None))
         assert engine.inbox.get().request.already == (7, 8)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
@@ -119,9 +126,7 @@ def test_a_request_that_runs_here_still_can_be_tried_elsewhere() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         shard = shard_of(engine)
-        first = asyncio.ensure_future(anext(shard.Generate(ask("s"), None)))
-        while not engine.inbox.qsize():
-            await asyncio.sleep(0)
+        first = await begun(engine, shard.Generate(ask("s"), None))
         with pytest.raises(Unavailable, match="runs here still"):
             await anext(shard.Generate(ask("s", already=[1]), None))
         assert list(shard.streams) == ["s"], "the first one goes on"
@@ -142,11 +147,9 @@ def test_what_others_have_of_a_request_is_asked_for_first() -> None:
             asked.append((request.id, names, holders, engine.inbox.qsize()))
             return (Span("b", 0, 4),), True
 
-        shard = ShardService(engine, asyncio.get_running_loop(), 10, 4, max_waiting=8, find=find, meet=met)
+        shard = shard_of(engine, find=find)
         wanted = ask("s", already=[2, 3, 4, 5], holders=[{"node": "b", "address": "there"}])
-        task = asyncio.ensure_future(anext(shard.Generate(wanted, None)))
-        while not engine.inbox.qsize():
-            await asyncio.sleep(0)
+        task = await begun(engine, shard.Generate(wanted, None))
         names = prefix_hashes([1, 2, 3, 4], 4)
         assert asked == [("s", names, [("b", "there")], 0)]
         heard = engine.inbox.get()
@@ -173,9 +176,7 @@ def test_a_request_that_is_handed_over_ends_here() -> None:
         engine: Any = FakeEngine()
         shard = shard_of(engine)
         stream = shard.Generate(ask("s"), None)
-        task = asyncio.ensure_future(anext(stream))
-        while not engine.inbox.qsize():
-            await asyncio.sleep(0)
+        task = await begun(engine, stream)
         shard.hand_over(waiting=False)
         shard.publish([Output("s", finish_reason=MOVED)])
         assert (await task).finish_reason == MOVED and [each async for each in stream] == []
@@ -190,9 +191,7 @@ def test_a_worker_that_leaves_says_so_and_goes_on_until_another_is_ready() -> No
         engine: Any = FakeEngine()
         shard = shard_of(engine)
         stream = shard.Generate(ask("s"), None)
-        task = asyncio.ensure_future(anext(stream))
-        while not engine.inbox.qsize():
-            await asyncio.sleep(0)
+        task = await begun(engine, stream)
         shard.leave()
         assert (await task).leaving
         shard.publish([Output("s", (5,))])
@@ -211,8 +210,7 @@ def test_nodes_are_met_before_anything_is_asked_of_them() -> None:
         async def meet(node: str, address: str) -> None:
             asked.append((node, address))
 
-        loop = asyncio.get_running_loop()
-        shard = ShardService(FakeEngine(), loop, 10, 4, max_waiting=8, find=nobody, meet=meet)
+        shard = shard_of(FakeEngine(), meet=meet)
         await shard.Meet(pb.MeetRequest(nodes=[{"node": "a", "address": "x"}, {"node": "b", "address": "y"}]), None)
         assert asked == [("a", "x"), ("b", "y")]
 
@@ -223,9 +221,7 @@ def test_a_failure_ends_a_stream_and_its_computation() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         shard = shard_of(engine)
-        task = asyncio.ensure_future(anext(shard.Generate(ask("s"), None)))
-        while not engine.inbox.qsize():
-            await asyncio.sleep(0)
+        task = await begun(engine, shard.Generate(ask("s"), None))
         shard.fail(Unavailable("superseded"))
         with pytest.raises(InfinillmError, match="superseded"):
             await task

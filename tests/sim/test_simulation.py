@@ -46,7 +46,7 @@ def history(
     cluster = simulation(3, policy, beat_seconds=0.05)
     endings: list[Ending] = []
     cluster.play(iter(load(seed, count, seconds)), endings.append)
-    while (cluster.running or cluster.arriving) and cluster.clock.step(1000.0):
+    while cluster.busy and cluster.clock.step(1000.0):
         if look is not None:
             look(cluster)
     return endings, cluster
