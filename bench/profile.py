@@ -37,6 +37,7 @@ from infinillm.kernels import bodies
 from infinillm.model import files, weights
 from infinillm.model.decoder import Decoder
 from infinillm.pool.borrow import Lenders
+from infinillm.pool.lender import AT_ONCE
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 from infinillm.transport.lanes import Lanes
@@ -158,7 +159,7 @@ class Bench:
             metrics=metrics,
         )
         if borrowed:
-            got = asyncio.run(self.lenders.borrow(borrowed, borrowed, [("lender", lender, borrowed)], save=False))
+            got = asyncio.run(self.lenders.borrow(borrowed, borrowed, [("lender", lender, borrowed)], AT_ONCE))
             assert got == borrowed, got
             port: Any = self.lenders.conversation("lender").port
             port.send, port.recv = watch.time("send", port.send), watch.time("recv", port.recv)

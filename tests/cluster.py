@@ -15,7 +15,7 @@ from infinillm import rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.request import Request, Sampling
-from infinillm.core.scheduler import Budget
+from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import AttentionShape, Node, NodeId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed, Output, Submit
@@ -23,6 +23,7 @@ from infinillm.engine.runner import Runner
 from infinillm.model.decoder import Decoder
 from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
+from infinillm.pool.lender import AT_ONCE
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 from infinillm.transport.lanes import Lanes
@@ -134,15 +135,13 @@ class Cluster:
 
     def lend(self, node: NodeId, blocks: int) -> None:
         """Borrow from one node beforehand, so that a test decides where a sequence comes to lie."""
-        got = self.wait(
-            self.home.lenders.borrow(blocks, blocks, [(node, self.peers[node].address, blocks)], save=False)
-        )
+        got = self.wait(self.home.lenders.borrow(blocks, blocks, [(node, self.peers[node].address, blocks)], AT_ONCE))
         assert got == blocks, got
 
-    def _borrow(self, least: int, wanted: int, beyond: int | None, alone: Request | None) -> None:
+    def _borrow(self, short: Shortage, alone: Request | None) -> None:
         others = [p for p in self.peers.values() if p is not self.home and self.share]
         offers = [(p.id, p.address, room) for p in others if (room := p.memory.blocks.room) > 0]
-        work = self.home.lenders.borrow(least, wanted, offers, save=False)
+        work = self.home.lenders.borrow(short.least, short.wanted, offers, AT_ONCE)
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         future.add_done_callback(lambda f: self.engine.inbox.put(Borrowed(f.result())))
 

@@ -40,6 +40,7 @@ from infinillm.model.decoder import Attend, Decoder
 from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.ask import PooledAttention
 from infinillm.pool.borrow import Lenders
+from infinillm.pool.lender import AT_ONCE
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, start_log
 from infinillm.transport.lanes import Lanes
@@ -245,7 +246,7 @@ class _Bench:
         memory = Memory(Blocks("profile", self.store.blocks, size, 0), self.store)
         lenders = Lenders("profile", f"{time.time_ns():016x}", memory, lanes=lanes, port_kind="", metrics=metrics)
         need = _lent_blocks(size)
-        got = asyncio.run(lenders.borrow(need, need, [(LENDER, address, need)], save=False))
+        got = asyncio.run(lenders.borrow(need, need, [(LENDER, address, need)], AT_ONCE))
         if isinstance(got, Refused):
             raise Unavailable(f"{address} lends nothing to measure with: {got.reason}")
         remote = PooledAttention("profile", memory, lenders, metrics)

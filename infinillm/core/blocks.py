@@ -227,13 +227,14 @@ class Blocks:
     def _drop(self, owner: NodeId, seq: SeqId, gone: Collection[int]) -> None:
         """Let go of a sequence's blocks at these positions, all of which it has here."""
         holding = self._holdings[owner, seq]
-        kept, left = Holding(guests=holding.guests.difference(gone)), Holding(guests=holding.guests.intersection(gone))
-        for first, block in zip(holding.firsts, holding.blocks, strict=True):
-            to = left if first in gone else kept
-            to.firsts.append(first)
-            to.blocks.append(block)
-        self._holdings[owner, seq] = kept
-        if not kept.blocks:
+        left = Holding(sorted(gone), guests=holding.guests.intersection(gone))
+        for first in left.firsts:
+            at = bisect_left(holding.firsts, first)
+            assert holding.firsts[at] == first, (seq, first)
+            del holding.firsts[at]
+            left.blocks.append(holding.blocks.pop(at))
+        holding.guests -= left.guests
+        if not holding.blocks:
             del self._holdings[owner, seq]
         self._let_go(owner, left)
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import TypeAlias
 
 from infinillm.core.pace import ARRIVAL_SECONDS
@@ -89,34 +88,15 @@ Event: TypeAlias = Joined | Left | Reported | Lent | Returned | Placed | Release
 
 def apply(ledger: Ledger, event: Event) -> Ledger:
     """The ledger after one event. Raises Broken where a node speaks that never joined, or of another's loans."""
-    match event:
-        case Joined(report):
-            return _join(_leave(ledger, report.node.id), report)
-        case Left(node):
-            return _leave(ledger, node)
-        case Reported(node):
-            known = _known(ledger, node.id)
-            counted = replace(node, lent=known.lent, borrowed=known.borrowed)
-            return replace(ledger, nodes={**ledger.nodes, node.id: counted})
-        case Lent(loan):
-            _known(ledger, loan.lender)
-            return _with_loans(ledger, {**ledger.loans, loan.id: loan}, (_own(ledger, loan.lender, loan.id), loan))
-        case Returned(lender, name):
-            if (was := _own(ledger, lender, name)) is None:
-                return ledger
-            return _with_loans(ledger, {key: each for key, each in ledger.loans.items() if key != name}, (was, None))
-        case Placed(home, sequence, layout):
-            _known(ledger, home)
-            return _with_layouts(ledger, home, {**ledger.layouts.get(home, {}), sequence: layout})
-        case Released(home, sequence):
-            kept = {**ledger.layouts.get(home, {})}
-            kept.pop(sequence, None)
-            return _with_layouts(ledger, home, kept)
+    return apply_all(ledger, (event,))
 
 
 def apply_all(ledger: Ledger, events: Iterable[Event]) -> Ledger:
-    """The ledger after some events, in their order."""
-    return reduce(apply, events, ledger)
+    """The ledger after some events, in their order; all of them or, where one raises, none."""
+    draft = _Draft(ledger)
+    for event in events:
+        draft.take(event)
+    return Ledger(ledger.epoch, draft.nodes, draft.loans, draft.layouts)
 
 
 def changes(before: Report, after: Report) -> tuple[Event, ...]:
@@ -157,6 +137,10 @@ class Promised:
         sent = self._sent.get(node)
         while sent and sent[0][0] < now - ARRIVAL_SECONDS:
             sent.popleft()
+
+    def waits(self, node: NodeId) -> bool:
+        """Whether there are any for a node."""
+        return bool(self._sent.get(node))
 
     def forget(self, node: NodeId) -> None:
         self._sent.pop(node, None)
@@ -204,58 +188,88 @@ def check(ledger: Ledger) -> None:
                 stop = span.stop
 
 
-def _known(ledger: Ledger, node: NodeId) -> Node:
-    if (known := ledger.nodes.get(node)) is None:
-        raise Broken(f"{node} speaks and is not in the ledger")
-    return known
+class _Draft:
+    """A ledger while events come in: everything is copied once, however many they are."""
 
+    def __init__(self, ledger: Ledger):
+        self.nodes, self.loans, self.layouts = {**ledger.nodes}, {**ledger.loans}, {**ledger.layouts}
+        self._ours: dict[NodeId, dict[SeqId, Layout]] = {}  # of the layouts, those that are copies
 
-def _own(ledger: Ledger, lender: NodeId, name: LoanId) -> Loan | None:
-    """The loan of that name, if there is one; only its lender speaks of it."""
-    loan = ledger.loans.get(name)
-    if loan is not None and loan.lender != lender:
-        raise Broken(f"{lender} speaks of {loan}, which is not its own")
-    return loan
+    def take(self, event: Event) -> None:
+        match event:
+            case Joined(report):
+                self._leave(report.node.id)
+                self._join(report)
+            case Left(node):
+                self._leave(node)
+            case Reported(node):
+                known = self._known(node.id)
+                self.nodes[node.id] = replace(node, lent=known.lent, borrowed=known.borrowed)
+            case Lent(loan):
+                self._known(loan.lender)
+                was = self._own(loan.lender, loan.id)
+                self.loans[loan.id] = loan
+                self._turn(was, loan)
+            case Returned(lender, name):
+                if (was := self._own(lender, name)) is not None:
+                    del self.loans[name]
+                    self._turn(was, None)
+            case Placed(home, sequence, layout):
+                self._known(home)
+                self._of(home)[sequence] = layout
+            case Released(home, sequence):
+                if home in self.layouts:
+                    self._of(home).pop(sequence, None)
+                    if not self._of(home):
+                        del self.layouts[home], self._ours[home]
 
+    def _known(self, node: NodeId) -> Node:
+        if (known := self.nodes.get(node)) is None:
+            raise Broken(f"{node} speaks and is not in the ledger")
+        return known
 
-def _join(ledger: Ledger, report: Report) -> Ledger:
-    name = report.node.id
-    for loan in report.lent:
-        if loan.lender != name or _own(ledger, name, loan.id) is not None:
-            raise Broken(f"{name} tells twice, or of another's loan: {loan}")
-    loans = {**ledger.loans, **{loan.id: loan for loan in report.lent}}
-    borrowed = sum(loan.blocks for loan in ledger.loans.values() if loan.borrower == name)
-    node = replace(report.node, lent=0, borrowed=borrowed)
-    joined = replace(ledger, nodes={**ledger.nodes, name: node})
-    return _with_layouts(_with_loans(joined, loans, *((None, loan) for loan in report.lent)), name, report.layouts)
+    def _own(self, lender: NodeId, name: LoanId) -> Loan | None:
+        """The loan of that name, if there is one; only its lender speaks of it."""
+        loan = self.loans.get(name)
+        if loan is not None and loan.lender != lender:
+            raise Broken(f"{lender} speaks of {loan}, which is not its own")
+        return loan
 
+    def _of(self, home: NodeId) -> dict[SeqId, Layout]:
+        """The layouts of one home, to be changed."""
+        if home not in self._ours:
+            self.layouts[home] = self._ours[home] = {**self.layouts.get(home, {})}
+        return self._ours[home]
 
-def _leave(ledger: Ledger, name: NodeId) -> Ledger:
-    if name not in ledger.nodes:
-        return ledger
-    over = [loan for loan in ledger.loans.values() if loan.lender == name]
-    loans = {key: loan for key, loan in ledger.loans.items() if loan.lender != name} if over else ledger.loans
-    left = _with_layouts(_with_loans(ledger, loans, *((loan, None) for loan in over)), name, {})
-    return replace(left, nodes={key: node for key, node in left.nodes.items() if key != name})
-
-
-def _with_loans(ledger: Ledger, loans: Mapping[LoanId, Loan], *turns: tuple[Loan | None, Loan | None]) -> Ledger:
-    """The ledger with these loans, and the sums on both sides brought along; `turns` are pairs of (was, is)."""
-    nodes = {**ledger.nodes}
-    for was, now in turns:
+    def _turn(self, was: Loan | None, now: Loan | None) -> None:
+        """Bring the sums of both sides along."""
         for loan, sign in ((was, -1), (now, 1)):
             if loan is None:
                 continue
-            lender, borrower = nodes[loan.lender], nodes.get(loan.borrower)
-            nodes[loan.lender] = replace(lender, lent=lender.lent + sign * loan.blocks)
-            if borrower is not None:
-                nodes[loan.borrower] = replace(borrower, borrowed=borrower.borrowed + sign * loan.blocks)
-    return replace(ledger, nodes=nodes, loans=loans)
+            lender = self.nodes[loan.lender]
+            self.nodes[loan.lender] = replace(lender, lent=lender.lent + sign * loan.blocks)
+            if (borrower := self.nodes.get(loan.borrower)) is not None:
+                self.nodes[loan.borrower] = replace(borrower, borrowed=borrower.borrowed + sign * loan.blocks)
 
+    def _join(self, report: Report) -> None:
+        name = report.node.id
+        for loan in report.lent:
+            if loan.lender != name or self._own(name, loan.id) is not None:
+                raise Broken(f"{name} tells twice, or of another's loan: {loan}")
+        borrowed = sum(loan.blocks for loan in self.loans.values() if loan.borrower == name)
+        self.nodes[name] = replace(report.node, lent=0, borrowed=borrowed)
+        for loan in report.lent:
+            self.loans[loan.id] = loan
+            self._turn(None, loan)
+        if report.layouts:
+            self.layouts[name] = report.layouts
 
-def _with_layouts(ledger: Ledger, home: NodeId, layouts: Mapping[SeqId, Layout]) -> Ledger:
-    if layouts:
-        return replace(ledger, layouts={**ledger.layouts, home: layouts})
-    if home not in ledger.layouts:
-        return ledger
-    return replace(ledger, layouts={key: each for key, each in ledger.layouts.items() if key != home})
+    def _leave(self, name: NodeId) -> None:
+        if name not in self.nodes:
+            return
+        for loan in [loan for loan in self.loans.values() if loan.lender == name]:
+            del self.loans[loan.id]
+            self._turn(loan, None)
+        self.layouts.pop(name, None)
+        self._ours.pop(name, None)
+        del self.nodes[name]

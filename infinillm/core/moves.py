@@ -76,13 +76,21 @@ def choose(
 
 def pick(sequence: Sequence | None, source: NodeId, blocks: int, block_size: int) -> list[Stretch]:
     """The first so many blocks of a sequence that lie on `source` and could move now."""
-    found: list[int] = []
-    if sequence is not None:
-        for span in sequence.layout:
-            if span.node == source:
-                ats = range(span.start, span.stop, block_size)
-                found += [at for at in ats if _computed(sequence.done, at, at + block_size)]
-    return stretches(sequence.id, found[:blocks], block_size) if sequence is not None else []
+    found: list[Stretch] = []
+    if sequence is None:
+        return found
+    there = (span for span in sequence.layout if span.node == source)
+    for first, stop in ((max(s.start, a), min(s.stop, b)) for s in there for a, b in sequence.done):
+        first += -first % block_size
+        count = min((stop - first) // block_size, blocks)
+        if count < 1:
+            continue
+        blocks -= count
+        if found and found[-1].first + found[-1].blocks * block_size == first:
+            found[-1] = found[-1]._replace(blocks=found[-1].blocks + count)
+        else:
+            found.append(Stretch(sequence.id, first, count))
+    return found
 
 
 def ahead(sequence: Sequence, node: NodeId, block_size: int) -> tuple[Layout, list[Stretch]]:

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from infinillm.core.layout import grown, uncovered
+from infinillm.core.recall import undisturbed
 from infinillm.core.request import Sequence, add, first_gap
 from infinillm.core.types import Chunk, Grow, Layout, NodeId, SeqId, Step, Stretch
 
@@ -79,18 +81,35 @@ def reserve(sequence: Sequence, block_size: int, ahead: int) -> int:
     return max(sequence.length, min(sequence.request.longest, sequence.length + more * block_size))
 
 
+class Shortage(NamedTuple):
+    """Blocks to ask lenders for: the least that helps, as many as would last, what is beyond home, and how long.
+
+    Nothing of it is to be wanted back for `hold` seconds.
+    """
+
+    least: int
+    wanted: int
+    beyond: int | None
+    hold: float
+
+
 def shortage(
     step: Step, running: Seq[Sequence], waiting: Seq[Sequence], block_size: int, own: int, more: int
-) -> tuple[int, int, int | None]:
-    """Blocks to ask lenders for: the least that helps, as many as would last, and what is beyond home.
+) -> Shortage:
+    """What to ask lenders for after a step.
 
     Beyond home: what the largest of those that lack blocks needs besides `own`, all of home's, and the `more` that were
-    borrowed (less what was lent). None where home could hold each of them alone.
+    borrowed (less what was lent). None where home could hold each of them alone. Who gave way stands in front of who
+    was first before; that one still counts.
     """
     growing, computed = [*running, *waiting[:1]], {chunk.seq for chunk in step.chunks}
     coming = sum(-(-(s.request.longest - s.length) // block_size) for s in growing)
-    most = max((-(-s.request.longest // block_size) for s in growing if s.id not in computed), default=0)
-    return step.short, step.short + min(coming, MOST_AHEAD), most - own - more if most > own else None
+    first = next((n for n, s in enumerate(waiting) if not s.preemptions), len(waiting))
+    lacking = (s for s in (*running, *waiting[: first + 1]) if s.id not in computed)
+    outgrown = [(blocks, s.preemptions) for s in lacking if (blocks := -(-s.request.longest // block_size)) > own]
+    beyond = max(outgrown)[0] - own - more if outgrown else None
+    hold = undisturbed(max((times for _, times in outgrown), default=0))
+    return Shortage(step.short, step.short + min(coming, MOST_AHEAD), beyond, hold)
 
 
 def schedule(
@@ -117,16 +136,13 @@ def schedule(
     preempt: list[SeqId] = []
     short = 0
 
-    def barred(sequence: Sequence) -> Collection[NodeId]:
-        return here.saved if sequence.request.longest <= here.own * size else ()
-
     def take(sequence: Sequence, layout: Layout, start: int, stop: int) -> int:
         """Reserve blocks for [start, stop) as far as there is room; returns the position up to which it has a place."""
         for a, b in uncovered(layout, start, stop):
             first = a - a % size
             wanted = -(-(b - first) // size)
-            for node in _preference(home, layout, left):
-                count = min(wanted, left[node]) if node not in barred(sequence) else 0
+            for node in preference(home, layout, left):
+                count = min(wanted, left[node]) if node not in barred(sequence, here, size) else 0
                 if count > 0:
                     left[node] -= count
                     grow.append(Grow(sequence.id, node, first, count))
@@ -168,9 +184,9 @@ def schedule(
             found = match(sequence)
             if found.idle > left[home]:  # blocks taken above may evict what the cache has
                 found = NO_MATCH
-            ahead = ROOM_OUTGROWN if here.saved and not barred(sequence) else 0
+            ahead = ROOM_OUTGROWN if here.saved and not barred(sequence, here, size) else 0
             wanted = need(sequence, size, ahead, found)
-            missing = wanted + found.idle - sum(left[node] for node in left.keys() - barred(sequence))
+            missing = wanted + found.idle - sum(left[node] for node in left.keys() - barred(sequence, here, size))
             if missing > 0:
                 short += missing
                 break  # first come, first served: nobody overtakes
@@ -192,7 +208,13 @@ def schedule(
     return Step(step, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), tuple(reuse), short)
 
 
-def _preference(home: NodeId, layout: Layout, left: Mapping[NodeId, int]) -> list[NodeId]:
+def barred(sequence: Sequence, here: Here, block_size: int) -> Collection[NodeId]:
+    """Lenders of whose blocks a sequence takes none."""
+    return here.saved if sequence.request.longest <= here.own * block_size else ()
+
+
+def preference(home: NodeId, layout: Layout, left: Mapping[NodeId, int]) -> list[NodeId]:
+    """Where blocks for a sequence are taken, best first."""
     if left[home] > 0 and len(left) == 1:
         return [home]
     known = dict.fromkeys(span.node for span in reversed(layout))

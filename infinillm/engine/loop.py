@@ -18,9 +18,9 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from infinillm.core.layout import filled, grown, plan, without
-from infinillm.core.pace import MOST_ADMITTED, RETRY_SECONDS
+from infinillm.core.pace import MOST_ADMITTED, MOST_REFUSED, RETRY_SECONDS
 from infinillm.core.request import FINISHED, MOVED, Request, Sequence, total
-from infinillm.core.scheduler import Budget, Here, need, schedule, shortage
+from infinillm.core.scheduler import Budget, Here, Shortage, need, schedule, shortage
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.measures import count
 from infinillm.engine.messages import (
@@ -46,7 +46,6 @@ from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
 
-MOST_REFUSED = 20  # wishes in a row, before waiting requests let go of what others keep for them
 MOST_FAILED = 3  # passes in a row that may raise
 KEPT_PLACEMENTS = 256
 
@@ -68,7 +67,7 @@ class Engine:
         budget: Budget,
         *,
         publish: Callable[[list[Output]], None],
-        borrow: Callable[[int, int, int | None, Request | None], None],
+        borrow: Callable[[Shortage, Request | None], None],
         metrics: Metrics,
     ):
         self.node, self.runner, self.memory, self.lenders, self.budget = node, runner, memory, lenders, budget
@@ -297,11 +296,11 @@ class Engine:
             return
         self._asking = True
         if self.moves.ask():
-            self.borrow(1, self.moves.homeless, self.moves.homeless, None)
+            self.borrow(Shortage(1, self.moves.homeless, self.moves.homeless, 0.0), None)
             return
         alone = self.waiting[0].request if self.waiting and not self.running else None
         blocks, size, more = self.memory.blocks, self.budget.block_size, self.lenders.borrowed - self.memory.blocks.lent
-        self.borrow(*shortage(step, self.running, self.waiting, size, blocks.count, more), alone)
+        self.borrow(shortage(step, self.running, self.waiting, size, blocks.count, more), alone)
 
     # --- ends ----------------------------------------------------------------------------------------------------
 

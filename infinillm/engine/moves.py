@@ -7,12 +7,8 @@ them the sequence's, changes its layout, and lets go of the source: at home at o
 pass that failed calls `abandon`: nothing was changed, and all wishes are forgotten, because the world is another. What
 a lender did not hear is mended when the conversation opens again.
 
-A lender may want blocks back. Nothing new goes to it then, and what lies there comes home as far as there is room.
-Where there is none, blocks of home go to other lenders, so that there is; the room at both ends is kept for that. Where
-no lender has any either, the engine asks others for some. Many a sequence ends within GRACE_SECONDS; after that, where
-nobody lends, the youngest that lies there gives way, and blocks that wait for tokens to come are let go of (at once,
-where home has room for these tokens). The block being written to moves once it is full. The lender's patience is the
-end.
+A lender may want blocks back: what is done then is decided by `repay` (core/recall.py) before each step. The lender's
+patience is the end.
 """
 
 from __future__ import annotations
@@ -22,17 +18,16 @@ from collections.abc import Mapping, Sequence
 
 from infinillm.core.blocks import OWN
 from infinillm.core.layout import moved
-from infinillm.core.moves import Wish, ahead, choose, pick
+from infinillm.core.moves import Wish, choose, pick
+from infinillm.core.pace import GRACE_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.recall import beside, repay
 from infinillm.core.request import Sequence as Running
-from infinillm.core.types import Move, NodeId, SeqId, Span, Stretch
+from infinillm.core.types import Move, NodeId, SeqId, Span
 from infinillm.engine.names import Names
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, log
-
-GRACE_SECONDS = 5.0
-RECALLED, ROOM = "recalled", "room for what is recalled"
 
 
 class Moves:
@@ -75,48 +70,22 @@ class Moves:
 
     def repay(self, running: Sequence[Running]) -> list[Running]:
         """Wish home what lenders want back, or room for it; returns who gives way. The caller holds the locks."""
-        give_way: list[Running] = []
-        self.homeless, size, now = 0, self.memory.blocks.block_size, time.monotonic()
-        debts, blocks = self.lenders.owed(), self.memory.blocks
+        debts, now, size = self.lenders.owed(), time.monotonic(), self.memory.blocks.block_size
         self._since = {node: self._since.get(node, now) for node in debts}
-        for node, owed in debts.items():
-            late = now >= self._since[node] + GRACE_SECONDS
-            there = [s for s in reversed(running) if any(span.node == node for span in s.layout)]
-            for s in there:
-                layout, empty = ahead(s, node, size)
-                if not late and sum(stretch.blocks for stretch in empty) > blocks.room:
-                    continue
-                s.layout = layout
-                for stretch in empty:
-                    self.lenders.leave(node, stretch)
-                    self.done = (*self.done, Move(s.id, node, self.home, stretch.first, stretch.blocks))
-                    owed = max(0, owed - stretch.blocks)
-            found = [stretch for s in there for stretch in pick(s, node, owed, size)]
-            owed = min(owed, sum(stretch.blocks for stretch in found))
-            if not owed or any(wish.move.source == node for wish in self.wishes):
-                continue
-            if room := min(owed, blocks.room, owed * self.most):
-                self._send(found, node, self.home, room, RECALLED)
-            elif not any(wish.reason == ROOM for wish in self.wishes):
-                target, room = max(self.lenders.room().items(), key=lambda each: each[1])
-                others = [s for s in reversed(running) if s not in there]
-                mine = [stretch for s in (*there, *others) for stretch in pick(s, self.home, owed, size)]
-                if mine and self.most and room:
-                    self._send(mine, self.home, target, min(owed, room), ROOM)
-                    continue
-                if late and (self._refused or not (mine and self.most)):
-                    give_way += there[:1]
-                elif mine and self.most:
-                    self.homeless += owed
-        self._refused = False
-        return list(dict.fromkeys(give_way))
-
-    def _send(self, found: Sequence[Stretch], source: NodeId, target: NodeId, blocks: int, reason: str) -> None:
-        """Wish so many of these blocks there."""
-        for seq, first, count in found:
-            if (count := min(count, blocks)) > 0:
-                self.wish(Move(seq, source, target, first, count), reason)
-                blocks -= count
+        if not debts:
+            self.homeless, self._refused = 0, False
+            return []
+        late = [node for node, since in self._since.items() if now >= since + GRACE_SECONDS]
+        room = {self.home: self.memory.blocks.room, **self.lenders.room()}
+        found = repay(running, debts, late, self.wishes, room, self.most, self._refused, size)
+        for sequence in running:
+            sequence.layout = found.layouts.get(sequence.id, sequence.layout)
+        for move in found.empty:
+            self.lenders.leave(move.source, move.stretch)
+        self.wishes, self.done = (*self.wishes, *found.wishes), (*self.done, *found.empty)
+        self.homeless, self._refused = found.homeless, False
+        by_id = {sequence.id: sequence for sequence in running}
+        return [by_id[seq] for seq in found.give_way]
 
     def ask(self) -> bool:
         """Whether room has to be borrowed for what lenders want back; `hear_lent` is told the answer."""
@@ -128,11 +97,7 @@ class Moves:
 
     def beside(self, room: Mapping[NodeId, int]) -> dict[NodeId, int]:
         """What of this room is not kept for what lenders want back."""
-        left = dict(room)
-        for wish in self.wishes:
-            if wish.reason in (RECALLED, ROOM) and wish.move.target in left:
-                left[wish.move.target] = max(0, left[wish.move.target] - wish.move.blocks)
-        return left
+        return beside(room, self.wishes)
 
     def reserve(self, running: Sequence[Running]) -> None:
         """Choose what moves beside this step, and hold room for it. The caller holds the locks of both books."""

@@ -24,7 +24,9 @@ import torch
 
 from infinillm import wire
 from infinillm.core.layout import firsts
+from infinillm.core.pace import DOUBT_SECONDS, REST_SECONDS
 from infinillm.core.policy.saving import KEPT_SECONDS
+from infinillm.core.recall import wanted_from
 from infinillm.core.types import Loan, LoanId, Node, NodeId, Refused, Stretch, difference
 from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed, Stale
 from infinillm.pool.hear import Conversation, Holds, Name, Over, Release, Share, carry_out
@@ -33,9 +35,8 @@ from infinillm.protos import pool_pb2 as pb
 from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes, choose, host_key
 
-REST_SECONDS = 10.0  # after a recall; else the borrower has the blocks again before those who waited for them
-DOUBT_SECONDS = 3.0  # a borrower that lives and needs its blocks talks again with its next step
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
+MOST_HELD_SECONDS = 3600.0  # whatever a borrower asks for
 
 
 class PoolService:
@@ -62,6 +63,7 @@ class PoolService:
         self.incarnations: dict[NodeId, str] = {}  # of those who have a loan
         self.rests_until = 0.0  # nothing is lent before that
         self.recalls: dict[LoanId, tuple[int, float]] = {}  # to how many blocks a loan must shrink, and until when
+        self.held: dict[LoanId, float] = {}  # until when nothing of a loan is wanted back
         self.draining = False
 
     # --- lending -------------------------------------------------------------------------------------------------
@@ -94,6 +96,9 @@ class PoolService:
                 self.memory.keep_back(lacking, now + KEPT_SECONDS)
             if not isinstance(result, Refused):
                 self.incarnations[borrower] = incarnation
+                if request.hold_seconds > 0:
+                    until = now + min(request.hold_seconds, MOST_HELD_SECONDS)
+                    self.held[result.id] = max(self.held.get(result.id, now), until)
         if isinstance(result, Refused):
             log("refused", borrower=borrower, blocks=request.blocks, reason=result.reason)
             self.metrics.add("loan_operations_total", operation="refuse")
@@ -124,12 +129,10 @@ class PoolService:
         """Want so many blocks back, of the largest loans first, and keep them. Called from the event loop."""
         with self.memory.lock:
             self.memory.keep_back(0, 0.0)
-            loans = sorted(self.memory.blocks.loans.values(), key=lambda loan: -loan.blocks)
-        for loan in loans:
-            asked = min(blocks, loan.blocks)
-            blocks -= asked
-            if asked < 1 or loan.id in self.recalls:
-                continue
+            now = self.clock()
+            open_ = [loan for loan in self.memory.blocks.loans.values() if self.held.get(loan.id, now) <= now]
+            found = wanted_from(open_, blocks, self.recalls)
+        for loan, asked in found:
             self.recalls[loan.id] = (loan.blocks - asked, self.clock() + self.patience)
             self.rests_until = self.clock() + REST_SECONDS
             log("recalled", loan=loan.id, borrower=loan.borrower, blocks=asked)
@@ -173,6 +176,7 @@ class PoolService:
                 self.memory.blocks.give_back(loan.borrower)
             large = {loan.id: loan.blocks for loan in self.memory.blocks.loans.values()}
             self.recalls = {name: recall for name, recall in self.recalls.items() if large.get(name, 0) > recall[0]}
+            self.held = {name: until for name, until in self.held.items() if name in large}
             self.incarnations = {b: i for b, i in self.incarnations.items() if b in self.memory.blocks.loans}
         for loan in due:
             for talk in self._talks(loan.borrower):

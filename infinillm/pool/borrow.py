@@ -23,7 +23,7 @@ from infinillm import rpc, wire
 from infinillm.core.layout import firsts, stretches
 from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import InfinillmError, NodeLost, Unavailable
-from infinillm.pool.lender import RPC_SECONDS, Candidates, Lender, ask_to_lend, give_back
+from infinillm.pool.lender import AT_ONCE, RPC_SECONDS, Candidates, Lender, Terms, ask_to_lend, give_back
 from infinillm.pool.memory import Memory
 from infinillm.pool.talk import POOL, REOPEN_SECONDS, Conversation
 from infinillm.protos import pool_pb2 as pb
@@ -228,12 +228,12 @@ class Lenders:
 
     # --- borrowing, called from the event loop -------------------------------------------------------------------
 
-    async def borrow(self, least: int, wanted: int, candidates: Candidates, *, save: bool) -> int | Refused:
-        """Reserve `least` to `wanted` blocks, as ranked, all or nothing; to `save`, of each so many as it has."""
+    async def borrow(self, least: int, wanted: int, candidates: Candidates, terms: Terms) -> int | Refused:
+        """Reserve `least` to `wanted` blocks, as ranked, all or nothing."""
         async with self._dealing:
-            return await self._reserve(least, wanted, candidates, save)
+            return await self._reserve(least, wanted, candidates, terms)
 
-    async def _reserve(self, least: int, wanted: int, candidates: Candidates, save: bool) -> int | Refused:
+    async def _reserve(self, least: int, wanted: int, candidates: Candidates, terms: Terms) -> int | Refused:
         got: list[tuple[NodeId, str, LoanId, int]] = []
         reasons: list[str] = []
         total = 0
@@ -244,7 +244,7 @@ class Lenders:
             if (asked := min(wanted - total, offered)) < 1:
                 break
             try:
-                answer = await self._lend(node, address, asked, 1 if save else 0)
+                answer = await self._lend(node, address, asked, terms)
             except InfinillmError as error:
                 answer = Refused(f"{node}: {error.message}")
             if isinstance(answer, Refused):
@@ -259,7 +259,7 @@ class Lenders:
         for node, address, loan, asked in got:
             try:
                 await self._enter(node, address, loan, asked)
-                self.accounts[node].saved = save
+                self.accounts[node].saved = terms.save
             except InfinillmError as error:
                 total -= asked
                 reasons.append(f"{node}: {error.message}")
@@ -293,7 +293,7 @@ class Lenders:
         """Have a conversation with a node, if only over a loan of nothing. Raises NodeLost, Unavailable."""
         async with self._dealing:
             if node not in self.accounts:
-                lent = await self._lend(node, address, 0, 0)
+                lent = await self._lend(node, address, 0, AT_ONCE)
                 if isinstance(lent, Refused):
                     raise Unavailable(lent.reason)
                 await self._enter(node, address, *lent)
@@ -370,12 +370,11 @@ class Lenders:
 
     # --- the wire ------------------------------------------------------------------------------------------------
 
-    async def _lend(self, node: NodeId, address: str, blocks: int, least: int) -> tuple[LoanId, int] | Refused:
+    async def _lend(self, node: NodeId, address: str, blocks: int, terms: Terms) -> tuple[LoanId, int] | Refused:
         known = self.accounts.get(node)
         loan, held = (known.loan, known.blocks) if known is not None else ("", 0)
-        request = pb.LendRequest(
-            borrower=self.node, borrower_incarnation=self.incarnation, blocks=blocks, loan=loan, least=least
-        )
+        request = pb.LendRequest(borrower=self.node, borrower_incarnation=self.incarnation, blocks=blocks, loan=loan)
+        request.least, request.hold_seconds = int(terms.save), terms.hold
         lent = await ask_to_lend(address, request)
         return lent if isinstance(lent, Refused) else (lent.id, lent.blocks - held)
 

@@ -18,11 +18,12 @@ from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
 from infinillm.core.names import Uses
-from infinillm.core.pace import IDLE_LOAN_SECONDS
+from infinillm.core.pace import IDLE_LOAN_SECONDS, RECALL_AFTER_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.policy.saving import TURN_SECONDS
+from infinillm.core.recall import NOBODY
 from infinillm.core.request import Request
-from infinillm.core.scheduler import Budget
+from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import DEVICE, HOST, Layout, Model, Node, NodeId, Refused, SeqId
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed
@@ -35,6 +36,7 @@ from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.find import find, kept_or_released
+from infinillm.pool.lender import AT_ONCE, Terms
 from infinillm.pool.memory import Memory
 from infinillm.servers.membership import Membership, Report
 from infinillm.servers.process import Told, ready, say
@@ -44,8 +46,6 @@ from infinillm.transport.lanes import Lanes
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 0.05
-# Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
-RECALL_AFTER_SECONDS = 45.0
 KEPT_USES = 4096
 LEAVING_SECONDS = 1.0  # in which gateways may find others that go on, while tokens still come
 HANDED_OVER_SECONDS = 2.0  # in which whoever goes on with a request asks for what lies here
@@ -64,7 +64,7 @@ class Worker:
         self.address = ""
         self.draining = False
         self.uses = Uses(KEPT_USES)
-        self.starving: tuple[SeqId, float] | None = None  # a request that waits alone, and since when
+        self.starving = NOBODY
 
     async def start(self) -> None:
         settings = self.settings
@@ -263,12 +263,13 @@ class Worker:
 
     # --- borrowing -----------------------------------------------------------------------------------------------
 
-    def _borrow(self, least: int, wanted: int, beyond: int | None, alone: Request | None) -> None:
+    def _borrow(self, short: Shortage, alone: Request | None) -> None:
         """From the engine's thread: ask in the event loop, answer into the engine's inbox."""
-        asyncio.run_coroutine_threadsafe(self._ask(least, wanted, beyond, alone), self.loop)
+        asyncio.run_coroutine_threadsafe(self._ask(short, alone), self.loop)
 
-    async def _ask(self, least: int, wanted: int, beyond: int | None, alone: Request | None) -> None:
+    async def _ask(self, short: Shortage, alone: Request | None) -> None:
         assert self.engine is not None
+        least, wanted, beyond, hold = short
         answer: int | Refused = Refused("no controller was named, so there is nobody to borrow from")
         never = alone is not None and not self.settings.controller
         try:
@@ -282,7 +283,7 @@ class Worker:
                 elif isinstance(candidates, Refused):
                     answer = candidates
                 else:
-                    answer = await self.lenders.borrow(least, wanted, candidates, save=save)
+                    answer = await self.lenders.borrow(least, wanted, candidates, Terms(save, hold))
                 if isinstance(answer, Refused) and alone is not None:
                     never = alone.longest > await self.membership.capacity()
         except InfinillmError as error:
@@ -295,9 +296,8 @@ class Worker:
 
     def _starves(self, request: SeqId) -> bool:
         """Whether this request has been refused memory for so long that others have to give way."""
-        if self.starving is None or self.starving[0] != request:
-            self.starving = (request, time.monotonic())
-        return time.monotonic() - self.starving[1] >= RECALL_AFTER_SECONDS
+        self.starving = self.starving.after(request, time.monotonic())
+        return time.monotonic() - self.starving.since >= RECALL_AFTER_SECONDS
 
     def _obey(self, order: MoveBlocks, address: str) -> None:
         task = asyncio.create_task(self._move(order, address))
@@ -310,9 +310,8 @@ class Worker:
             return
         async with self.obeying:
             if order.target != self.id:
-                answer = await self.lenders.borrow(
-                    order.blocks, order.blocks, [(order.target, address, order.blocks)], save=False
-                )
+                candidates = [(order.target, address, order.blocks)]
+                answer = await self.lenders.borrow(order.blocks, order.blocks, candidates, AT_ONCE)
                 if isinstance(answer, Refused):
                     log("borrow_refused", blocks=order.blocks, reason=answer.reason)
                     return

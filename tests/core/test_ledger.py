@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 from hypothesis import settings
@@ -16,6 +17,7 @@ from infinillm.core.ledger import (
     Left,
     Lent,
     Placed,
+    Promised,
     Released,
     Report,
     Reported,
@@ -300,3 +302,23 @@ def test_expecting_adds_to_the_queue_and_nothing_else() -> None:
     expected = expecting(BOTH, {"a": (7, 2), "gone": (1, 1)})
     assert expected.nodes == {**BOTH.nodes, "a": replace(BOTH.nodes["a"], wanted=7, waiting=2)}
     assert expecting(BOTH, {}) == BOTH
+
+
+def test_many_events_are_taken_in_at_once_or_not_at_all() -> None:
+    layouts = {"a": {"s": (Span("a", 0, 8),)}}
+    ledger = replace(rebuild(1, [Report(A), Report(B)]), layouts=layouts)
+    events = [Placed("a", "t", (Span("a", 0, 4),)), Lent(LOAN), Released("a", "s")]
+    assert apply_all(ledger, events) == reduce(apply, events, ledger)
+    with pytest.raises(Broken):
+        apply_all(ledger, [*events, Reported(replace(A, id="stranger"))])
+    assert ledger.layouts == layouts == {"a": {"s": (Span("a", 0, 8),)}} and not ledger.loans
+
+
+def test_what_was_sent_waits_until_the_node_has_told_of_its_queue() -> None:
+    promised = Promised()
+    promised.add("a", 7, 1.0)
+    assert promised.waits("a") and not promised.waits("b")
+    promised.heard("a", 1.05)
+    assert promised.waits("a"), "it was on its way"
+    promised.heard("a", 2.0)
+    assert not promised.waits("a")

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infinillm.core.layout import grown, reserved, uncovered
+from infinillm.core.pace import RECALL_AFTER_SECONDS
 from infinillm.core.request import Request, Sampling, Sequence
-from infinillm.core.scheduler import Budget, Here, Match, schedule
+from infinillm.core.scheduler import Budget, Here, Match, schedule, shortage
 from infinillm.core.types import Chunk, Grow, Span, Stretch
 
 SIZE = 4
@@ -151,3 +152,26 @@ def test_any_run_stays_within_room_and_budget_and_everyone_finishes(data):
                         left[span.node] += (span.stop - span.start) // SIZE
         assert step.chunks or step.preempt or waiting or run
     assert not waiting and not run and left == room
+
+
+def test_what_lies_beyond_home_is_asked_for_also_while_those_that_gave_way_stand_in_front():
+    gave_way, large, small = sequence("gave way", 8), sequence("large", 80), sequence("small", 8)
+    gave_way.preemptions = 1
+    step = decide(wait=[gave_way, large], room={"home": 1}, own=10)
+    assert shortage(step, [], [gave_way, large], SIZE, 10, 3).beyond == 22 - 10 - 3
+    assert shortage(step, [], [small, large], SIZE, 10, 3).beyond is None, "it is not its turn yet"
+    assert shortage(step, [], [gave_way], SIZE, 10, 3).beyond is None
+
+
+def test_what_outgrows_home_and_gave_way_is_to_be_left_alone_twice_as_long_each_time():
+    large, small = sequence("large", 80), sequence("small", 8)
+    small.preemptions = 3
+
+    def hold(times: int) -> float:
+        large.preemptions = times
+        return shortage(decide(wait=[small, large], room={"home": 1}, own=10), [], [small, large], SIZE, 10, 0).hold
+
+    assert hold(0) == 0.0
+    assert [hold(times) / hold(times - 1) for times in (2, 3)] == [2.0, 2.0]
+    assert hold(1) > RECALL_AFTER_SECONDS
+    assert hold(1000) < float("inf")

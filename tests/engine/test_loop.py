@@ -9,10 +9,11 @@ import torch
 
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.pace import MOST_REFUSED
 from infinillm.core.request import Request, Sampling
-from infinillm.core.scheduler import Budget
+from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import AttentionShape, Refused, Span
-from infinillm.engine.loop import MOST_REFUSED, Engine
+from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed, Cancel, Output, Pass, Submit
 from infinillm.errors import InfinillmError, Overloaded, Unavailable
 from infinillm.kernels import reference
@@ -44,7 +45,7 @@ class Bench:
 
     def __init__(self, blocks: int = 8, tokens: int = 16, sequences: int = 4):
         self.published: list[Output] = []
-        self.wishes: list[tuple[int, int, int | None, Request | None]] = []
+        self.wishes: list[tuple[Shortage, Request | None]] = []
         metrics = Metrics("worker", node="a")
         memory = Memory(Blocks("a", blocks, 4, blocks), Store(SHAPE, blocks, torch.device("cpu"), reference))
         lenders = Lenders("a", "a-1", memory, lanes=None, port_kind="", metrics=metrics)  # type: ignore[arg-type]
@@ -165,8 +166,8 @@ def test_short_of_blocks_it_wishes_once_and_waits_for_the_answer():
     b = Bench(blocks=4)
     b.submit("s", [1] * 20)
     b.turn(3)
-    ((least, wanted, beyond, alone),) = b.wishes
-    assert (least, wanted, beyond, alone.id) == (1, 2, 2, "s") and b.runner.computed == []
+    ((short, alone),) = b.wishes
+    assert (short, alone.id) == (Shortage(1, 2, 2, 0.0), "s") and b.runner.computed == []
     b.engine.inbox.put(Borrowed(Refused("nobody has any"), never="another"))
     b.turn()
     assert "s" in b.engine.sequences

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from infinillm import rpc, wire
+from infinillm.core.pace import DOUBT_SECONDS
 from infinillm.core.types import AttentionShape
 from infinillm.errors import BadRequest, NodeLost, NotFound, Stale
 from infinillm.kernels import reference
 from infinillm.pool import borrow
-from infinillm.pool.answer import DOUBT_SECONDS, POOL, PoolService
+from infinillm.pool.answer import POOL, PoolService
 from infinillm.protos import pool_pb2 as pb
 from tests.cluster import Cluster, Peer
 from tests.pool.test_placement import decoder
@@ -39,8 +40,10 @@ def lending(test: Callable[[rpc.Client, PoolService], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-async def lend(client: rpc.Client, incarnation: str, loan: str = "", borrower: str = "a") -> Any:
-    request = pb.LendRequest(borrower=borrower, borrower_incarnation=incarnation, blocks=3, loan=loan)
+async def lend(client: rpc.Client, incarnation: str, loan: str = "", borrower: str = "a", hold: float = 0.0) -> Any:
+    request = pb.LendRequest(
+        borrower=borrower, borrower_incarnation=incarnation, blocks=3, loan=loan, hold_seconds=hold
+    )
     return await client.Lend(request, timeout=SOON)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from infinillm.core.pace import REST_SECONDS
 from infinillm.core.types import Span
-from infinillm.pool.answer import REST_SECONDS, PoolService
+from infinillm.pool.answer import MOST_HELD_SECONDS, PoolService
 from tests import tiny
 from tests.cluster import Cluster
 from tests.pool.test_fences import lend, lending
@@ -265,6 +266,35 @@ def test_what_was_wanted_back_is_not_lent_again_at_once():
         service.recall(0)
         assert service.rests_until == now, "nothing was wanted"
         assert (await lend(client, "1", borrower="c")).loan.blocks == loan.blocks
+
+    lending(test)
+
+
+def test_what_is_lent_for_a_request_that_gave_way_is_not_wanted_back_for_so_long():
+    async def test(client: Any, service: PoolService) -> None:
+        now = 1000.0
+        service.clock = lambda: now
+        loan = (await lend(client, "1", hold=30.0)).loan
+        other = (await lend(client, "1", borrower="c")).loan
+        service.recall(2)
+        assert service.recalls.keys() == {other.id}, "the other loan has what is wanted, and may be disturbed"
+        service.recalls, service.rests_until = {}, 0.0
+        await lend(client, "1", loan.id, hold=5.0)
+        now += 29.0
+        service.recall(2)
+        assert service.recalls.keys() == {other.id}, "what was said first still counts"
+        now += 2.0
+        service.recalls = {}
+        service.recall(2)
+        assert service.recalls.keys() == {loan.id}, "it is the larger one"
+        service.rests_until = 0.0
+        for said in (-1.0, float("nan"), float("inf")):
+            assert service.held.keys() == {loan.id}
+            forever = (await lend(client, "1", borrower="d", hold=said)).loan
+        assert service.held[forever.id] == now + MOST_HELD_SECONDS
+        await asyncio.to_thread(service.memory.blocks.give_back, "d")
+        service.expire(0.0)
+        assert forever.id not in service.held and loan.id in service.held
 
     lending(test)
 

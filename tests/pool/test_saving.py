@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infinillm.core.types import Refused
+from infinillm.pool.lender import Terms
 from tests import tiny
 from tests.cluster import Cluster
 from tests.pool.test_placement import decoder
@@ -10,7 +11,7 @@ from tests.pool.test_placement import decoder
 
 def borrow(cluster: Cluster, least: int, wanted: int, offered: int, *, save: bool) -> int | Refused:
     offers = [(name, peer.address, offered) for name, peer in cluster.peers.items() if peer is not cluster.home]
-    return cluster.wait(cluster.home.lenders.borrow(least, wanted, offers, save=save))  # type: ignore[no-any-return]
+    return cluster.wait(cluster.home.lenders.borrow(least, wanted, offers, Terms(save, 0.0)))  # type: ignore[no-any-return]
 
 
 def lent(cluster: Cluster) -> dict[str, int]:

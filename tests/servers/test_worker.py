@@ -9,10 +9,11 @@ import pytest
 
 from infinillm import config
 from infinillm.core.blocks import Blocks
+from infinillm.core.pace import RECALL_AFTER_SECONDS
 from infinillm.engine.messages import Load
 from infinillm.errors import BadRequest
 from infinillm.servers import worker
-from infinillm.servers.worker import RECALL_AFTER_SECONDS, Worker
+from infinillm.servers.worker import Worker
 from infinillm.telemetry import Metrics
 from tests import tiny
 
