@@ -11,7 +11,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from infinillm.core.elastic.dispatching import allocated, dispatched, emptied, peak, sides
-from infinillm.core.elastic.plan import plan
+from infinillm.core.elastic.plan import longest, plan
 from infinillm.core.elastic.scaling import fewest, masters, retention
 from infinillm.core.elastic.times import PrefillTime, Times
 from infinillm.core.elastic.values import Batch, Instance, Plan, Running, State, Waiting, free
@@ -382,3 +382,9 @@ def test_with_more_instances_than_degrees_what_no_group_can_hold_waits() -> None
     group, old = instances(50, 50, 60, slots=60), batch(running("r", produced=99, c=9))
     found = plan(state(group, waiting(20, 115, 2), old, average=100), two)
     assert [each.requests for each in found.prefills] == [("w0",)] and not found.preempted
+
+
+def test_the_longest_request_is_what_the_largest_group_can_hold() -> None:
+    group = (*FOUR[:2], replace(FOUR[2], slots=9), replace(FOUR[3], slots=5))
+    assert longest(group, A800) == 2 * SLOTS + 14
+    assert longest(group, replace(A800, prefill=A800.prefill[:3])) == 2 * SLOTS + 9

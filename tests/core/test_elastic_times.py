@@ -121,3 +121,11 @@ def test_bad_times_are_refused_by_name(field: str, value: object) -> None:
 def test_times_are_a_mapping() -> None:
     with pytest.raises(BadRequest, match="mapping"):
         from_plain([1])
+
+
+def test_samples_of_very_unequal_times_tell_their_terms_apart() -> None:
+    """From 0.3 ms to some hours; nothing is fixed."""
+    time, lengths = PrefillTime(0.0, 2.7e-5, 4.4e-10), (10, 100, 1_000, 5_000, 20_000, 100_000, 500_000)
+    samples = [sample([n] * b, time(b * n, b * n * n)) for n in lengths for b in (1, 8, 64)]
+    found = fitted(samples)
+    assert found.alpha < 1e-9 and found[1:] == pytest.approx(time[1:], rel=1e-3)

@@ -59,7 +59,7 @@ def batched(requests: Sequence[Waiting], instances: Sequence[Instance], times: T
         shares = [inverse[i] - inverse[j] for j in range(i)]
         costs = [
             [time(tokens[i] - tokens[j], squares[i] - squares[j]) * share for j, share in enumerate(shares)]
-            for time in times.prefill
+            for time in times.prefill[: len(order)]
         ]
         for k in range(1, len(room)):
             least, origin = best[k - 1][i], (k - 1, i)

@@ -27,7 +27,9 @@ from infinillm.core.elastic.batching import Batched, batched
 from infinillm.core.elastic.dispatching import Sides, allocated, dispatched, largest, sides
 from infinillm.core.elastic.scaling import decoding, retention
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Plan, Prefill, State, Waiting
+from infinillm.core.elastic.values import Instance, Plan, Prefill, State, Waiting
+
+STEPS = 10  # of decode, after which a plan is made anew while requests wait: that of the released code
 
 
 def plan(state: State, times: Times) -> Plan:
@@ -44,6 +46,11 @@ def plan(state: State, times: Times) -> Plan:
     decodes, evicted = decoding(here.decode, spare, here.instances, times)
     preempted = tuple(each.id for batch in here.preempted for each in batch.requests)
     return Plan(tuple(map(_prefill, batches)), decodes, here.migrations, preempted, evicted)
+
+
+def longest(instances: Sequence[Instance], times: Times) -> int:
+    """Tokens of the longest request, prompt and output: what the largest group can hold."""
+    return sum(sorted((each.slots for each in instances), reverse=True)[: times.widest])
 
 
 def _batches(requests: Sequence[Waiting], start: Sides, times: Times) -> tuple[tuple[Batched, ...], Sides] | None:

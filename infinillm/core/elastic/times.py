@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Any, NamedTuple
 
 from infinillm.errors import BadRequest
@@ -128,9 +128,11 @@ def fitted(samples: Sequence[Sample]) -> PrefillTime:
     """The triple of one degree of parallelism. A term below zero is noise: it is left out. Raises BadRequest."""
     if not samples or any(each.seconds <= 0 for each in samples):
         raise BadRequest("a fit needs samples that took time", field="samples")
-    scale = [1.0, *(max(1.0, *(each[term] for each in samples)) for term in (0, 1))]
-    rows = [(1.0, each.tokens / scale[1], each.squares / scale[2]) for each in samples]
     weights = [each.seconds ** (0.1 - 2) for each in samples]
+    terms = [(1.0, each.tokens, each.squares) for each in samples]
+    sums = [sum(w * row[at] ** 2 for w, row in zip(weights, terms, strict=True)) for at in range(3)]
+    scale = [sqrt(each) or 1.0 for each in sums]  # so that terms are of a size, however far apart the samples
+    rows = [tuple(row[at] / scale[at] for at in range(3)) for row in terms]
     used = [0, 1, 2]
     while True:
         matrix = [[sum(w * row[a] * row[b] for w, row in zip(weights, rows, strict=True)) for b in used] for a in used]

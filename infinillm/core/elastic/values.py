@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 from infinillm.core.types import NodeId, SeqId
@@ -58,18 +60,18 @@ class Running:
         return sum(self.held.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """Requests that decode together, in the order in which masters share them."""
 
     requests: tuple[Running, ...]
 
-    @property
+    @cached_property
     def group(self) -> tuple[NodeId, ...]:
         """The instances that hold K/V of it."""
         return tuple(sorted({name for each in self.requests for name, tokens in each.held.items() if tokens}))
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(each.tokens for each in self.requests)
 
@@ -78,14 +80,18 @@ class Batch:
 class State:
     """All the planner knows at the start of a macro-iteration.
 
-    `average_decode`: seconds that requests spent decoding, on average of those that ended. Requests no pool of this
-    size can hold are refused before they come here: they would stop the queue.
+    `average_decode`: seconds that requests spent decoding, on average of those that ended. `coming`: what a second of
+    waiting would cost the quick requests that come in one, in seconds per token, as it was lately. `soon`:
+    seconds until one of the instances in a prefill, which are not told of, comes back. Requests no pool of this size
+    can hold are refused before they come here: they would stop the queue.
     """
 
     instances: tuple[Instance, ...]
     waiting: tuple[Waiting, ...]
     batches: tuple[Batch, ...]
     average_decode: float
+    coming: float = 0.0
+    soon: float = inf
 
 
 class Kept(NamedTuple):

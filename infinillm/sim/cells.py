@@ -1,0 +1,84 @@
+"""A large simulated cluster in cells, each planned by itself, on one clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from infinillm.core.cells import Load, choose, split
+from infinillm.core.planners import Planner
+from infinillm.core.types import Ledger
+from infinillm.errors import BadRequest
+from infinillm.sim import striping
+from infinillm.sim.groups import Groups
+from infinillm.sim.hardware import Cluster
+from infinillm.sim.simulation import Clock, Ending, Then
+from infinillm.sim.steps import Totals
+from infinillm.sim.traffic import Arrival
+
+
+class Cells:
+    """As `Groups`; a request goes to one of the cells, and stays there."""
+
+    def __init__(self, cluster: Cluster, planner: Planner, block_size: int):
+        self.planner, self.clock = planner, Clock()
+        sites = cluster.sites
+        parts = split(len(sites), sum(site.server == sites[0].server for site in sites), planner.cell)
+        places = [replace(cluster, sites=tuple(sites[at] for at in part)) for part in parts]
+        self.cells = [Groups(each, striping.times(each), planner, block_size, self.clock) for each in places]
+        self.arriving: Arrival | None = None
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    def ask(self, prompt: int, output: int, then: Then) -> None:
+        """Ask for `output` tokens after a prompt of so many, now; `then` hears how it ended."""
+        tokens = prompt + output
+        found = choose(tokens, [Load(cell.longest, cell.backlog, cell.free) for cell in self.cells])
+        if found is not None:
+            self.cells[found].ask(prompt, output, then)
+            return
+        longest = max(cell.longest for cell in self.cells)
+        why = f"{tokens:,} tokens are more than the {longest:,} that policy {self.planner.name} can serve here"
+        then(Ending(self.now, self.now, self.now, prompt, 0, refused=why))
+
+    def play(self, arrivals: Iterator[Arrival], then: Then) -> None:
+        """Ask for what arrives, when it does; only the next arrival is known at any time."""
+        self.arriving = next(arrivals, None)
+        if self.arriving is not None:
+            self.clock.at(self.arriving.at, partial(self._arrive, self.arriving, arrivals, then))
+
+    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], then: Then) -> None:
+        self.ask(arrival.prompt, arrival.output, then)
+        self.play(arrivals, then)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is still to arrive or to be answered."""
+        return self.arriving is not None or any(cell.busy for cell in self.cells)
+
+    def run(self, until: float) -> None:
+        """Let time pass until then."""
+        while self.clock.step(until):
+            pass
+        self.clock.now = until
+
+    def watch(self, every: float, look: Callable[[float, Ledger], None]) -> None:
+        """Have somebody look at the time and a ledger every so many seconds from now on."""
+        if not every > 0:
+            raise BadRequest(f"every must be seconds above 0, not {every!r}", field="every")
+        seen = [cell.ledger() for cell in self.cells]
+        nodes = {name: node for each in seen for name, node in each.nodes.items()}
+        loans = {name: loan for each in seen for name, loan in each.loans.items()}
+        look(self.now, Ledger(1, nodes, loans))
+        self.clock.at(self.now + every, partial(self.watch, every, look))
+
+    def totals(self) -> Totals:
+        return Totals(*map(sum, zip(*(cell.totals() for cell in self.cells), strict=True)))
+
+    def check(self) -> None:
+        """Raise Broken where the books of a cell do not balance."""
+        for cell in self.cells:
+            cell.check()
