@@ -23,7 +23,7 @@ BENCHES := attention transports decisions moves serving
 SAY := printf '\033[2m%s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench chaos protos gpu clean
+.PHONY: help setup demo serve test check bench papers chaos protos gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -50,6 +50,9 @@ check: setup ## format, lint, types and laws: before every commit
 bench: setup ## measure, and write bench/results (ARGS="attention serving" for some)
 	@$(PIP) --quiet -e '.[bench]'
 	@for each in $(or $(ARGS),$(BENCHES)); do $(SAY) "bench/$$each.py"; $(BIN)/python -m bench.$$each || exit 1; done
+
+papers: setup ## two papers' tables and figures, from the simulator, to docs/papers: 20 minutes (ARGS="--quick")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.papers $(ARGS)
 
 chaos: setup ## processes killed, stopped and cut off under load, then an audit (ARGS="--seed 2 --requests 500")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.chaos $(ARGS)

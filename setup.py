@@ -71,6 +71,7 @@ setup(
             "grpcio-tools>=1.76",
             "hypothesis>=6.100",
             "kubernetes-validate>=1.31",
+            "matplotlib>=3.8",
             "mypy>=1.15",
             "openai>=1.60",
             "psutil>=6",

@@ -1,11 +1,17 @@
 """How long decisions take: the ledger and the policies over 1,000 nodes, a step's schedule and plan over 512 sequences.
 
     OMP_NUM_THREADS=1 python bench/decisions.py [--repeats 300] [--out bench/results/decisions.json]
+    OMP_NUM_THREADS=1 python bench/decisions.py --nodes 4,16,64,256,1024,4096 --out bench/results/decisions-growth.json
 
-Milliseconds per call, median and 99th percentile; the aim is 3 ms each. The ledger has 1,000 nodes of 4,000 blocks,
-2,000 loans and 64,000 sequences; the pass has 512 running sequences of 8,192 tokens, a quarter of them spread over
-three nodes. `plan proactive` is also timed where nodes are short of memory: it grows with what it orders, and is made
-once per heartbeat. `check` is no decision: it is the laws over everything, once per heartbeat.
+Milliseconds of the processor per call, median and 99th percentile; the aim is 3 ms each. The ledger has 1,000 nodes of
+4,000 blocks, 2,000 loans and 64,000 sequences; the pass has 512 running sequences of 8,192 tokens, a quarter of them
+spread over three nodes. `plan proactive` is also timed where nodes are short of memory: it grows with what it orders,
+up to a bound, and is made every few heartbeats. `check` is no decision: it is the laws over everything.
+
+With `--nodes` only what policies decide is timed, on clusters of so many nodes with 64 sequences each, 100,000 at most.
+Of ten nodes one is short of memory where `proactive` makes room. `elastic` has four instances to a batch that decodes,
+every fifth instance idle, and a prompt waiting for every eighth, 100 at most. What takes more than 50 milliseconds is
+not asked again in a larger cluster.
 """
 
 from __future__ import annotations
@@ -23,6 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from infinillm.core.cost import Costs, Dense, Device, Link, roofline
+from infinillm.core.elastic.plan import plan as elastic
+from infinillm.core.elastic.times import DecodeTime, PrefillTime, Times
+from infinillm.core.elastic.values import Batch, Instance, Running, State, Waiting
 from infinillm.core.layout import grown, plan
 from infinillm.core.ledger import (
     Joined,
@@ -53,13 +62,13 @@ COSTS = Costs(roofline(DEVICE, LINK, Dense(218_103_808, 525_336_576, 2), SHAPE))
 SHORT = (10, 100, 500)  # nodes whose queue does not fit, of the 1,000
 
 
-def books(rng: random.Random) -> list[Report]:
-    """What 1,000 nodes know of themselves: half of them short of blocks, each with loans to two others."""
+def books(rng: random.Random, nodes: int, each: int) -> list[Report]:
+    """What nodes know of themselves: half of them short of blocks, each with loans to two others."""
     reports = []
-    for i in range(NODES):
+    for i in range(nodes):
         name = f"worker-{i}"
         lent = tuple(
-            Loan(f"{name}>worker-{(i + k) % NODES}", name, f"worker-{(i + k) % NODES}", rng.randrange(1, 200), 1e9)
+            Loan(f"{name}>worker-{(i + k) % nodes}", name, f"worker-{(i + k) % nodes}", rng.randrange(1, 200), 1e9)
             for k in range(1, 1 + LOANS // NODES)
         )
         node = Node(
@@ -72,23 +81,22 @@ def books(rng: random.Random) -> list[Report]:
             running=rng.randrange(0, 64),
         )
         layouts = {
-            f"{name}-{s}": (Span(name, 0, 4096), Span(f"worker-{(i + 1) % NODES}", 4096, 5000))
-            for s in range(SEQUENCES_EACH)
+            f"{name}-{s}": (Span(name, 0, 4096), Span(f"worker-{(i + 1) % nodes}", 4096, 5000)) for s in range(each)
         }
         reports.append(Report(node, lent, layouts))
     return reports
 
 
-def crowded(short: int) -> Ledger:
-    """1,000 nodes that lend nothing yet: `short` are full of one long request and 63 others, and 64 more wait."""
+def crowded(short: int, nodes: int, each: int) -> Ledger:
+    """Nodes that lend nothing yet: `short` are full of one long request and others, and 64 more wait."""
     rng = random.Random(0)
     reports = []
-    for i in range(NODES):
+    for i in range(nodes):
         name = f"worker-{i}"
-        full = i % (NODES // short) == 0
-        layouts = {f"{name}-{s}": (Span(name, 0, 256),) for s in range(1, SEQUENCES_EACH)}
+        full = i % (nodes // short) == 0
+        layouts = {f"{name}-{s}": (Span(name, 0, 256),) for s in range(1, each)}
         if full:
-            layouts[f"{name}-long"] = (Span(name, 0, 4000 * BLOCK - 63 * 256),)
+            layouts[f"{name}-long"] = (Span(name, 0, 4000 * BLOCK - (each - 1) * 256),)
         used = 4000 if full else rng.randrange(1008, 3600)
         waiting = 64 if full else 0
         node = Node(name, "1", f"{name}:7001", 4000, 3600, used, running=len(layouts), waiting=waiting)
@@ -114,9 +122,9 @@ def measure(call: Callable[[], object], repeats: int) -> dict[str, float]:
     call()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((time.process_time() - start) * 1e3)
     times.sort()
     return {"median_ms": round(statistics.median(times), 4), "p99_ms": round(times[int(len(times) * 0.99)], 4)}
 
@@ -150,7 +158,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
         }
     proactive = POLICIES["proactive"]
     for short in SHORT:
-        books = crowded(short)
+        books = crowded(short, NODES, SEQUENCES_EACH)
         count = len(proactive.plan(books, COSTS, BLOCK))
         calls[f"plan proactive, {short} short, {count} orders"] = lambda b=books: proactive.plan(b, COSTS, BLOCK)
     sequences, room = running_sequences()
@@ -166,12 +174,96 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
     }
 
 
+# --- as the cluster grows --------------------------------------------------------------------------------------------
+
+MOST_SEQUENCES = 100_000
+LONGEST_SECONDS, SPENT_SECONDS, MOST_TIMES = 0.05, 0.3, 100  # of one call; on all calls of one decision, and how many
+SLOTS = 210_000  # of an instance
+TIMES = Times(  # two A800 to an instance, as LoongServe measured them (docs/papers)
+    tuple(PrefillTime(0.0123 + 0.0063 * d, 2.96e-5 / d * (1 + 0.34 * (d - 1) / 3), 7.9e-10 / d) for d in range(1, 5)),
+    DecodeTime(0.0142, 1.43e-5, 4.0e-8, 4),
+    move=6.6e-7,
+    tipping=5.0,
+    crowd=128,
+)
+
+
+def policies(nodes: int) -> dict[str, Callable[[], object]]:
+    """What every policy decides, on a cluster of so many nodes."""
+    each = min(SEQUENCES_EACH, MOST_SEQUENCES // nodes)
+    ledger = rebuild(1, books(random.Random(0), nodes, each))
+    tight = crowded(max(nodes // 10, 1), nodes, each)
+    some = f"worker-{nodes // 2}"
+    calls: dict[str, Callable[[], object]] = {}
+    for policy in POLICIES.values():
+        calls |= {
+            f"route {policy.name}": lambda p=policy: p.route(ledger, 4000, 5000, BLOCK, ()),
+            f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, some, 8000, (), False),
+            f"plan {policy.name}": lambda p=policy: p.plan(tight, COSTS, BLOCK),
+        }
+    state = elastic_state(random.Random(0), nodes, each)
+    return calls | {"plan elastic": lambda: elastic(state, TIMES)}
+
+
+def elastic_state(rng: random.Random, nodes: int, each: int) -> State:
+    """Instances by eight in a place; batches lie on four of each five that follow each other."""
+    names = [f"worker-{i}" for i in range(nodes)]
+    busy = [names[at : at + 4] for at in range(0, nodes - nodes // 5, 5)] or [names]
+    batches, used = [], dict.fromkeys(names, 0)
+    for group in busy:
+        tokens = SLOTS * 6 // 10 // each
+        running = []
+        for number in range(each * len(group)):
+            held = {group[number % len(group)]: tokens}
+            used[group[number % len(group)]] += tokens
+            more = rng.randrange(1, 500)
+            running.append(
+                Running(f"{group[0]}-{number}", float(number), held, 500 - more + 1, more, 10 * rng.random())
+            )
+        batches.append(Batch(tuple(running)))
+    waiting = [
+        Waiting(f"w{number}", int(rng.lognormvariate(7.5, 1.5)) + 1, 1e6 + number, 200)
+        for number in range(min(max(nodes // 8, 1), 100))
+    ]
+    instances = [Instance(name, SLOTS, used[name], str(at // 8)) for at, name in enumerate(names)]
+    return State(tuple(instances), tuple(waiting), tuple(batches), 10.0)
+
+
+def as_it_grows(sizes: list[int], say: Callable[[str], None]) -> dict[str, dict[str, dict[str, float]]]:
+    """By decision and number of nodes: milliseconds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    slow: set[str] = set()
+    for nodes in sizes:
+        calls = policies(nodes)
+        gc.collect()
+        gc.freeze()
+        for name in [name for name in calls if name not in slow]:
+            start = time.process_time()
+            calls[name]()
+            once = time.process_time() - start
+            times = min(max(int(SPENT_SECONDS / once), 1), MOST_TIMES)
+            found.setdefault(name, {})[str(nodes)] = row = measure(calls[name], times)
+            say(f"{nodes:5,} nodes  {name:24s} {row['median_ms']:9.3f} ms   p99 {row['p99_ms']:9.3f} ms")
+            if once > LONGEST_SECONDS:
+                slow.add(name)
+        gc.unfreeze()
+    return found
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--repeats", type=int, default=300)
+    options.add_argument("--nodes", type=lambda text: [int(each) for each in text.split(",")], help="cluster sizes")
     options.add_argument("--out", type=Path, default=None)
     chosen = options.parse_args()
-    reports = books(random.Random(0))
+    if chosen.nodes:
+        grown_to = as_it_grows(chosen.nodes, lambda line: print(line, flush=True))
+        if chosen.out:
+            sizes = ",".join(map(str, chosen.nodes))
+            command = f"OMP_NUM_THREADS=1 python bench/decisions.py --nodes {sizes} --out {chosen.out}"
+            write(chosen.out, {"command": command, "sequences": MOST_SEQUENCES, "decisions": grown_to})
+        return
+    reports = books(random.Random(0), NODES, SEQUENCES_EACH)
     ledger = rebuild(1, reports)
     check(ledger)
     gc.freeze()
@@ -182,16 +274,19 @@ def main() -> None:
     if chosen.out:
         about = {
             "command": f"OMP_NUM_THREADS=1 python bench/decisions.py --repeats {chosen.repeats} --out {chosen.out}",
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "nodes": NODES,
             "loans": LOANS,
             "sequences": NODES * SEQUENCES_EACH,
             "aim_ms": AIM_MS,
             "decisions": rows,
         }
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(about, indent=2) + "\n")
+        write(chosen.out, about)
+
+
+def write(path: Path, about: dict[str, object]) -> None:
+    machine = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(machine | about, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

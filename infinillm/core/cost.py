@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 from math import isfinite
 from typing import Any
 
-from infinillm.core.types import AttentionShape, NodeId
+from infinillm.core.types import AttentionShape, Node, NodeId
 from infinillm.errors import BadRequest
 
 
@@ -113,13 +113,23 @@ SIZES = tuple(each.name for each in fields(Cost) if each.type == "int")
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The cost of every node: its own, else what is taken for all, if anything is."""
+    """The cost of every node: its own, else what is taken for all, if anything is.
+
+    near   of nodes to which those of their own place have another way, where that was measured
+    """
 
     default: Cost | None = None
     own: Mapping[NodeId, Cost] = field(default_factory=dict)
+    near: Mapping[NodeId, Cost] = field(default_factory=dict)
 
     def of(self, node: NodeId) -> Cost | None:
         return self.own.get(node, self.default)
+
+    def between(self, one: Node, other: Node) -> Cost | None:
+        """The cost of `other` as `one` pays it, over the way between them."""
+        if one.place == other.place and (near := self.near.get(other.id)) is not None:
+            return near
+        return self.of(other.id)
 
 
 def to_plain(cost: Cost) -> dict[str, Any]:

@@ -204,6 +204,11 @@ class Node:
     def free(self) -> int:
         return self.blocks - self.used - self.lent
 
+    @property
+    def place(self) -> str:
+        """The server it is on, as far as its address tells: nodes of one place have the quicker links between them."""
+        return self.address.rpartition(":")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Loan:

@@ -32,14 +32,14 @@ from typing import Any, NoReturn
 
 from infinillm import config, rpc, wire
 from infinillm.core import ledger as books
-from infinillm.core import policy as policies
 from infinillm.core.cost import Cost, Costs
 from infinillm.core.ledger import Event, Joined, Left, Lent, Report, Returned
 from infinillm.core.names import Landmarks
-from infinillm.core.pace import PLAN_BEATS
-from infinillm.core.policy import saving
+from infinillm.core.pace import PLAN_BEATS, SILENT_BEATS
+from infinillm.core.policy import Policy, saving
 from infinillm.core.policy.near import near
 from infinillm.core.policy.orders import MoveBlocks, blocks_for
+from infinillm.core.policy.places import too_far
 from infinillm.core.types import Ledger, Model, NodeId, Refused, difference
 from infinillm.errors import BadRequest, Broken, NotFound, Stale, StandsBy, TooLong, Unavailable
 from infinillm.protos import controller_pb2 as pb
@@ -50,7 +50,6 @@ from infinillm.servers.process import Told, ready
 from infinillm.telemetry import Metrics, log
 
 CONTROLLER = pb.DESCRIPTOR.services_by_name["ControllerService"]
-SILENT_BEATS = 6
 STOP_SECONDS = 1.0
 
 
@@ -62,7 +61,7 @@ class Controller:
 
     def __init__(
         self,
-        policy: policies.Policy,
+        policy: Policy,
         *,
         epoch: int,
         heartbeat_seconds: float,
@@ -226,6 +225,8 @@ class Controller:
         node, exclude, outgrown = request.node, frozenset(request.exclude), request.outgrown
         self._check_current(node, request.incarnation)
         ledger, now = self.promised.expected(self.ledger), self.clock()
+        if not outgrown:
+            exclude |= too_far(ledger, self.costs, node, self._block_size())
         offers, self.turn, may_save = saving.creditors(
             self.policy, ledger, self.turn, now, node, request.blocks, exclude, outgrown
         )
@@ -331,7 +332,11 @@ class Controller:
         if not self.leads or not self.sound or self.settling:
             return
         epoch = self.epoch
-        found = await asyncio.to_thread(self.policy.plan, self.ledger, self.costs, self._block_size())
+        try:
+            found = await asyncio.to_thread(self.policy.plan, self.ledger, self.costs, self._block_size())
+        except Broken as broken:
+            log("policy_failed", reason=broken.message)
+            return
         if epoch != self.epoch or not self.leads:
             return
         self.orders = {}
@@ -361,7 +366,7 @@ async def run(settings: config.Controller) -> None:
     """The process: ready line on stdout, SIGTERM and SIGINT end it cleanly."""
     metrics = Metrics("controller")
     controller = Controller(
-        policies.named(settings.policy),
+        config.policy(settings.policy),
         epoch=0,
         heartbeat_seconds=settings.heartbeat_seconds,
         metrics=metrics,

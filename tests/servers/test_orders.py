@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from infinillm import rpc, wire
+from infinillm.core.cost import Curve
 from infinillm.core.ledger import Report
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.types import Span
@@ -82,3 +83,19 @@ def test_a_node_that_leaves_takes_its_costs_along_and_a_wrong_profile_is_refused
 )
 def test_where_an_order_leads_is_said_as_its_home_sees_it(source: str, target: str, direction: str) -> None:
     assert MoveBlocks("a", "s", source, target, 1, "a test").direction == direction
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_nodes_of_another_place_are_not_named_where_asking_them_costs_more_than_waiting(measured: bool) -> None:
+    slow = replace(LLAMA_H100, question=Curve(((0, 9.0), (1, 9.0)))) if measured else None
+
+    async def test(world: World, client: rpc.Client) -> None:
+        a = Member(world, Report(node("a", used=100, running=4)), cost=slow)
+        Member(world, Report(replace(node("b"), address="10.0.0.2:b")), cost=slow)
+        Member(world, Report(node("c", used=60)), cost=slow)
+        await world.settled()
+        near, far = ("c", "127.0.0.1:c", 40), ("b", "10.0.0.2:b", 90)
+        assert await a.membership.creditors(40, (), False) == ([near] if measured else [near, far])
+        assert await a.membership.creditors(40, (), True) == [near, far], "it fits nowhere else"
+
+    living(test)

@@ -38,8 +38,11 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 def full_blocks(layout: Layout, node: NodeId, block_size: int) -> int:
     """Blocks of a sequence that lie on a node and could move: all but the one it writes into."""
-    last = layout[-1] if layout else None
-    return sum((s.stop - s.start - (s is last)) // block_size for s in layout if s.node == node)
+    blocks = 0
+    for span in layout:
+        if span.node == node:
+            blocks += (span.stop - span.start - (span is layout[-1])) // block_size
+    return blocks
 
 
 def offer(node: Node) -> int:
@@ -48,10 +51,11 @@ def offer(node: Node) -> int:
 
 
 def by_rank(ledger: Ledger, node: NodeId, exclude: Collection[NodeId]) -> Offers:
-    """Who could lend to a node, best first: devices, then who lends to it already, then who does not borrow."""
+    """Who could lend to a node, best first: devices, then its place, then who lends to it, then who owes nothing."""
     lending = {loan.lender for loan in ledger.loans.values() if loan.borrower == node}
+    place = ledger.nodes[node].place if node in ledger.nodes else ""
     ranked = sorted(
-        (n.tier == HOST, n.id not in lending, n.borrowed > 0, -blocks, n.id)
+        (n.tier == HOST, n.place != place, n.id not in lending, n.borrowed > 0, -blocks, n.id)
         for n in ledger.nodes.values()
         if n.id != node and n.id not in exclude and not n.draining and (blocks := offer(n)) > 0
     )
@@ -67,6 +71,17 @@ def roomiest(nodes: Iterable[Node], exclude: Collection[NodeId]) -> NodeId | Non
     """The node with the most room beyond what its queue asks for; of equals the one with fewest requests."""
     ranked = [(n.wanted - n.free, n.running + n.waiting, n.id) for n in nodes if n.id not in exclude]
     return min(ranked)[2] if ranked else None
+
+
+def in_roomiest_place(ledger: Ledger, nodes: Iterable[Node], exclude: Collection[NodeId]) -> list[Node]:
+    """Those of them in the place with most room beyond what its queues ask for."""
+    room: dict[str, int] = {}
+    for node in ledger.nodes.values():
+        if not node.draining:
+            room[node.place] = room.get(node.place, 0) + node.free - node.wanted
+    asked = [node for node in nodes if node.id not in exclude]
+    best = max((room[node.place] for node in asked), default=0)
+    return [node for node in asked if room[node.place] == best]
 
 
 def too_long(policy: str, tokens: int, block_size: int, offered: int, where: str) -> Refused:

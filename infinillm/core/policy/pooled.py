@@ -1,8 +1,9 @@
 """One pool: a request lives on the node that serves it and on whoever lends it blocks.
 
 A lender keeps back what its cap says, and one block for each request it runs, so that these can go on. It keeps nothing
-back for its queue: two nodes that wait for each other's room would wait for ever. Of those who could lend, who does
-already comes first, so that a request lies on few nodes, and host memory last.
+back for its queue: two nodes that wait for each other's room would wait for ever. Of those who could lend, nodes of the
+same place come first, where asking costs least, then who does already, so that a request lies on few nodes, and host
+memory last. So a request that no node can hold alone goes to the place with most room.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from infinillm.core.policy.orders import (
     blocks_for,
     by_rank,
     counted,
+    in_roomiest_place,
     nobody,
     roomiest,
     serving,
@@ -36,7 +38,10 @@ def route(
     nodes = serving(ledger)
     need = blocks_for(longest_tokens, block_size)
     lendable = _lendable(ledger)
-    found = roomiest((node for node in nodes if _reach(node, lendable) >= need), exclude)
+    able = [node for node in nodes if _reach(node, lendable) >= need]
+    if able and need > max(node.blocks for node in able):
+        able = in_roomiest_place(ledger, able, exclude)
+    found = roomiest(able, exclude)
     if found is not None:
         return found
     offered = max((_reach(node, lendable) for node in nodes), default=0)

@@ -4,7 +4,8 @@ Theory of operation. Tokens per second of a node are its batch over the seconds 
 not fit (a debtor) would have a larger batch with more room; moving blocks of its longest request to a node with room to
 spare (a creditor) makes some, and costs the creditor time, because it reads them in every step. `make_room` goes
 through the debtors, smallest batch first; for each it takes the creditor with most room (host memory last) and the
-number of blocks with the best joint gain, and again, until there is no gain. All else is as in policy pooled,
+number of blocks with the best joint gain, and again, until there is no gain: first among those of its place, then among
+all. What a way to another place costs is in the gain, so over a slow one little goes. All else is as in policy pooled,
 but for what is lent on demand.
 
 A request that fits its home stays there, and waits or gives way there: each step with blocks on a node that computes
@@ -22,8 +23,8 @@ to it is left alone: blocks are still on their way there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from infinillm.core.cost import Cost, Costs
@@ -38,6 +39,7 @@ from infinillm.core.policy.orders import (
     serving,
 )
 from infinillm.core.policy.pooled import capacity, reach
+from infinillm.core.policy.site import Site, lending_rates, site_of
 from infinillm.core.types import HOST, Ledger, Node, NodeId, Refused, SeqId
 
 __all__ = ["NAME", "capacity", "creditors", "make_room", "plan", "reach", "route", "throughput"]
@@ -49,34 +51,36 @@ MOST_TRIED = 4  # full nodes, in the hope that they are not full any more
 MOST_BEHIND = 4  # requests that wait where one more is sent to gather
 LEAST_GAIN = 0.01  # of both nodes' tokens per second: what is less is not worth the wire
 TRIED = 16  # block counts tried at once, between the fewest and the most
+MOST_ORDERS = 32  # of one plan: the next looks again, so a plan takes no longer in a large cluster
+ALL = None  # places
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """What the model knows of one node, in blocks; `away`: (cost, which sequences, tokens) on each other node."""
+class _Lenders:
+    """Who can still lend how many blocks, the roomiest first and host memory last: of each place, and of `ALL`."""
 
-    cost: Cost
-    running: int
-    waiting: int
-    each: int  # a waiting request's blocks, on average
-    free: int
-    held: int  # by its own sequences
-    lent: int
-    away: dict[NodeId, tuple[Cost, frozenset[SeqId], int]]
+    def __init__(self, offers: Iterable[tuple[Node, int]]):
+        self.left: dict[NodeId, int] = {}
+        self.nodes: dict[NodeId, Node] = {}
+        self.heaps: dict[str | None, list[tuple[bool, int, NodeId]]] = {ALL: []}
+        for node, blocks in offers:
+            self.nodes[node.id], self.left[node.id] = node, blocks
+            for place in (node.place, ALL):
+                self.heaps.setdefault(place, []).append((node.tier == HOST, -blocks, node.id))
+        for heap in self.heaps.values():
+            heapify(heap)
 
-    @property
-    def coming(self) -> int:
-        """Waiting requests for which there is room."""
-        return min(self.waiting, self.free // self.each)
+    def roomiest(self, place: str | None) -> NodeId | None:
+        heap = self.heaps.get(place, [])
+        while heap and self.left[heap[0][2]] != -heap[0][1]:  # what was taken since
+            heappop(heap)
+        return heap[0][2] if heap else None
 
-    def rate(self, block_size: int) -> float:
-        """Tokens per second, once those who come are in the batch."""
-        rows = self.running + self.coming
-        if not rows:
-            return 0.0
-        local = (self.held + self.coming * self.each) * block_size
-        answers = [cost.answer(len(seqs), tokens) for cost, seqs, tokens in self.away.values()]
-        return rows / (self.cost.decode_step(rows, local, answers) + self.cost.attend(self.lent * block_size))
+    def take(self, name: NodeId, blocks: int) -> None:
+        self.left[name] -= blocks
+        if left := self.left[name]:
+            node = self.nodes[name]
+            for place in (node.place, ALL):
+                heappush(self.heaps[place], (node.tier == HOST, -left, name))
 
 
 def route(
@@ -125,63 +129,53 @@ def make_room(ledger: Ledger, costs: Costs, block_size: int) -> tuple[MoveBlocks
         return ()
     waiting = {loan.borrower for loan in ledger.loans.values() if loan.used < loan.blocks}
     debtors = sorted((node.running, node.id) for node in short if node.id not in waiting)
-    room = [
-        (node.tier == HOST, -blocks, node.id)
+    lenders = _Lenders(
+        (node, blocks)
         for node in ledger.nodes.values()
         if not (node.borrowed or node.draining or _short(node))
         and (blocks := offer(node)) > 0
         and costs.of(node.id) is not None
-    ]
-    heapify(room)
-    sites: dict[NodeId, _Site] = {}
+    )
+    sites: dict[NodeId, Site] = {}
     orders: list[MoveBlocks] = []
     for _, home in debtors:
-        site = _site(ledger, ledger.nodes[home], costs, block_size)
+        if len(orders) >= MOST_ORDERS or lenders.roomiest(ALL) is None:
+            break
+        node = ledger.nodes[home]
+        site = site_of(ledger, node, costs, block_size)
         movable = _movable(ledger, home, block_size)
-        while room and movable:
-            far, negative, target = room[0]
-            left = -negative
-            blocks, seq = max(movable)
-            other = sites.get(target) or _site(ledger, ledger.nodes[target], costs, block_size)
-            moved = _best(site, other, seq, target, min(left, blocks), block_size)
-            if moved is None:
-                break
-            count, after, host, gain = moved
-            why = f"room for {counted(after.coming - site.coming, 'waiting request')}, {gain:+.1f} tokens/s"
-            orders.append(MoveBlocks(home, seq, home, target, count, why))
-            site, sites[target] = after, host
-            movable.remove((blocks, seq))
-            if blocks > count:
-                movable.append((blocks - count, seq))
-            heappop(room)
-            if left > count:
-                heappush(room, (far, count - left, target))
+        no: NodeId | None = None  # whom it does not pay to ask
+        for place in (node.place, ALL):
+            while movable and (target := lenders.roomiest(place)) not in (None, no):
+                assert target is not None
+                blocks, seq = max(movable)
+                other = sites.get(target) or site_of(ledger, ledger.nodes[target], costs, block_size)
+                way = costs.between(node, ledger.nodes[target])
+                assert way is not None
+                moved = _best(site, other, way, seq, target, min(lenders.left[target], blocks), block_size)
+                if moved is None:
+                    no = target
+                    break
+                count, after, host, gain = moved
+                why = f"room for {counted(after.coming - site.coming, 'waiting request')}, {gain:+.1f} tokens/s"
+                orders.append(MoveBlocks(home, seq, home, target, count, why))
+                site, sites[target] = after, host
+                movable.remove((blocks, seq))
+                if blocks > count:
+                    movable.append((blocks - count, seq))
+                lenders.take(target, count)
     return tuple(orders)
 
 
 def throughput(ledger: Ledger, costs: Costs, block_size: int) -> float:
     """Tokens per second of all nodes, as the model sees them; a node without a cost counts for nothing."""
     known = (node for node in ledger.nodes.values() if costs.of(node.id) is not None)
-    return sum(_site(ledger, node, costs, block_size).rate(block_size) for node in known)
+    return sum(site_of(ledger, node, costs, block_size).rate(block_size) for node in known)
 
 
 def _short(node: Node) -> bool:
     """Its queue asks for more than there is room."""
     return node.serves and not node.draining and node.running > 0 and node.waiting > 0 and node.wanted > node.free
-
-
-def _site(ledger: Ledger, node: Node, costs: Costs, block_size: int) -> _Site:
-    cost = costs.of(node.id)
-    assert cost is not None
-    away: dict[NodeId, tuple[Cost, frozenset[SeqId], int]] = {}
-    if node.borrowed:
-        for seq, layout in ledger.layouts.get(node.id, {}).items():
-            for span in layout:
-                if span.node != node.id:
-                    lender, seqs, tokens = away.get(span.node, (costs.of(span.node) or cost, frozenset(), 0))
-                    away[span.node] = (lender, seqs | {seq}, tokens + span.stop - span.start)
-    each = max(-(-node.wanted // node.waiting), 1) if node.waiting else 1
-    return _Site(cost, node.running, node.waiting, each, node.free, node.used, node.lent, away)
 
 
 def _movable(ledger: Ledger, home: NodeId, block_size: int) -> list[tuple[int, SeqId]]:
@@ -190,36 +184,44 @@ def _movable(ledger: Ledger, home: NodeId, block_size: int) -> list[tuple[int, S
     return [(blocks, seq) for blocks, seq in found if blocks > 0]
 
 
-def _moved(site: _Site, host: _Site, seq: SeqId, target: NodeId, blocks: int, size: int) -> tuple[_Site, _Site]:
+def _moved(site: Site, host: Site, way: Cost, seq: SeqId, target: NodeId, blocks: int, size: int) -> tuple[Site, Site]:
     """Both nodes after so many blocks of a sequence have moved."""
-    _, seqs, tokens = site.away.get(target, (host.cost, frozenset(), 0))
-    away = {**site.away, target: (host.cost, seqs | {seq}, tokens + blocks * size)}
+    _, seqs, tokens = site.away.get(target, (way, frozenset(), 0))
+    away = {**site.away, target: (way, seqs | {seq}, tokens + blocks * size)}
     after = replace(site, free=site.free + blocks, held=site.held - blocks, away=away)
-    return after, replace(host, free=host.free - blocks, lent=host.lent + blocks)
+    return after, host.lending(blocks)
 
 
 def _best(
-    site: _Site, host: _Site, seq: SeqId, target: NodeId, most: int, block_size: int
-) -> tuple[int, _Site, _Site, float] | None:
+    site: Site, host: Site, way: Cost, seq: SeqId, target: NodeId, most: int, block_size: int
+) -> tuple[int, Site, Site, float] | None:
     """How many of at most so many blocks gain most, both nodes after that, and the gain; None where none does.
 
     Between two counts that each let one more request in, fewer is better; so only those are tried.
     """
     coming, each = site.coming, site.each
     requests = min(site.waiting - coming, (site.free + most) // each - coming)
-    before = site.rate(block_size) + host.rate(block_size)
-
-    def gain(more: int) -> float:
-        after, other = _moved(site, host, seq, target, (coming + more) * each - site.free, block_size)
-        return after.rate(block_size) + other.rate(block_size) - before
-
     if requests < 1:
         return None
+    there = lending_rates(host, block_size)
+    before = site.rate(block_size) + there(0)
+    others = [cost.answer(len(seqs), tokens) for node, (cost, seqs, tokens) in site.away.items() if node != target]
+    _, seqs, tokens = site.away.get(target, (way, frozenset[SeqId](), 0))
+    asked = len(seqs | {seq})
+    hosted, local = site.cost.attend(site.lent * block_size), (site.held + site.free) * block_size
+
+    def gain(more: int) -> float:
+        """As `_moved` and `rate` have it: who comes fills just what goes, so the tokens read at home stay the same."""
+        blocks, rows = (coming + more) * each - site.free, site.running + coming + more
+        answers = [*others, way.answer(asked, tokens + blocks * block_size)]
+        here = rows / (site.cost.decode_step(rows, local, answers) + hosted)
+        return here + there(blocks) - before
+
     gained, more = _peak(gain, requests)
     if gained <= LEAST_GAIN * before:
         return None
     blocks = (coming + more) * each - site.free
-    return blocks, *_moved(site, host, seq, target, blocks, block_size), gained
+    return blocks, *_moved(site, host, way, seq, target, blocks, block_size), gained
 
 
 def _peak(gain: Callable[[int], float], most: int) -> tuple[float, int]:
