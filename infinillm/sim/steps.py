@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from infinillm.core.types import Move, Step
+from infinillm.core.types import Grow, Step
+
+
+class Totals(NamedTuple):
+    """What all workers have done so far."""
+
+    preemptions: int  # requests that gave way
+    moved: int  # tokens of K/V
+    steps: int
+    rows: int  # requests in all steps
 
 
 class Length:
@@ -33,7 +43,10 @@ class Going:
     first: float
     more: float
     decodes: bool  # every chunk is the last token of its sequence
-    moves: tuple[Move, ...] = ()
+    grows: list[tuple[int, Grow]] = field(
+        default_factory=list
+    )  # blocks of later steps, by how many were before, last first
+    passed: int = 0  # steps that are over
 
     def seconds(self, times: int) -> float:
         return times * self.first + self.more * times * (times - 1) / 2
@@ -57,3 +70,4 @@ class Going:
         self.began += self.seconds(times)
         self.first += self.more * times
         self.times -= times
+        self.passed += times

@@ -2,157 +2,210 @@
 
 Theory of operation. `schedule` decides each step over the same books (`Blocks`) as on a real worker, and the cost model
 says how long it takes. A step that only decodes is like the next one, until a request ends or room runs short: so many
-are taken in one go. Whoever looks at the books in between has them brought up to date first (`settle`), and whoever
-changes anything that the next decision depends on has it taken at the end of the step in hand (`cut`).
+are taken in one go (`coast`). Whoever looks at the books in between has them brought up to date first (`settle`), and
+whoever changes anything that the next decision depends on has it taken at the end of the step in hand (`cut`).
 
     submit, lend, give_back   from outside; each may change the next decision
-    _begin                    decide and commit, as often as the worker has nothing in hand
+    hear                      a lender wants blocks back
+    lose                      a lender is gone, or has ended its loan: the step in hand does not count
+    begin                     decide and commit, as often as the worker has nothing in hand
     _end                      count what was computed, end what is finished, begin anew
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 from infinillm.core.blocks import OWN, Blocks
-from infinillm.core.layout import filled, grown, moved, reserved
-from infinillm.core.ledger import Report
-from infinillm.core.moves import Wish, choose, pick
-from infinillm.core.pace import IDLE_LOAN_SECONDS, MOST_ADMITTED, RETRY_SECONDS
-from infinillm.core.policy.orders import MoveBlocks, Offers
-from infinillm.core.policy.saving import KEPT_SECONDS, TURN_SECONDS
+from infinillm.core.coast import coast, fits
+from infinillm.core.layout import grown, reserved, without
+from infinillm.core.names import Uses
+from infinillm.core.pace import MOST_ADMITTED
+from infinillm.core.policy.orders import MoveBlocks
+from infinillm.core.recall import beside
 from infinillm.core.request import Request, Sequence, add
-from infinillm.core.scheduler import NO_MATCH, Budget, Here, need, schedule, shortage
-from infinillm.core.types import Chunk, Grow, Loan, Move, Node, NodeId, Refused, SeqId, Step
+from infinillm.core.scheduler import Budget, Here, Match, need, schedule
+from infinillm.core.types import Chunk, Grow, NodeId, SeqId, Span, Step
+from infinillm.sim import names
+from infinillm.sim.around import Around
+from infinillm.sim.asking import wish
+from infinillm.sim.borrower import Account, Borrower
 from infinillm.sim.hardware import Site
+from infinillm.sim.lender import AT_ONCE, Lender, Terms
+from infinillm.sim.moves import Moves
+from infinillm.sim.names import Names
 from infinillm.sim.steps import Going, Length
+from infinillm.sim.timing import step_seconds
 
-ASK_SECONDS = 0.02  # from a wish for blocks to the answer
-INCARNATION = "1"
-
-
-class World(Protocol):
-    """What a worker sees of the cluster around it."""
-
-    @property
-    def now(self) -> float: ...
-
-    def at(self, when: float, do: Callable[[], None]) -> None: ...
-
-    def worker(self, node: NodeId) -> Worker: ...
-
-    def answer(self, one: NodeId, other: NodeId, rows: int, tokens: int) -> float:
-        """Seconds from a question of one node to the answer of another, which has so many tokens of its context."""
-
-    def offers(self, node: NodeId, blocks: int, outgrown: bool) -> tuple[Offers | Refused, bool]:
-        """Who could lend, and whether it is this node's turn to save up."""
-
-    def seconds(self, node: NodeId, seconds: float) -> float:
-        """How long this node takes for work of so many seconds, where cores are shared."""
-
-    def ended(self, worker: Worker, sequence: Sequence, first: float) -> None: ...
+KEPT_USES = 4096
 
 
 class Worker:
-    """See the theory of operation above."""
+    """See the theory of operation above. `start`: the number of its start."""
 
-    def __init__(self, site: Site, blocks: Blocks, budget: Budget, world: World):
+    def __init__(self, site: Site, blocks: Blocks, budget: Budget, world: Around, start: int):
         self.id, self.cost, self.blocks, self.budget, self.world = site.id, site.near, blocks, budget, world
+        self.address, self.start = f"server-{site.server}:{site.id}", start
         self.size = budget.block_size
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.needs: dict[SeqId, int] = {}  # blocks that each of those that wait must be given
         self.sequences: dict[SeqId, Sequence] = {}
         self.firsts: dict[SeqId, float] = {}  # when the first token came
+        self.names: dict[SeqId, Names] = {}  # of those that share prefixes
         self.going: Going | None = None
-        self.wishes: tuple[Wish, ...] = ()
-        self.lenders: dict[NodeId, float] = {}  # who lends to us, and since when some of it is idle
-        self.saved: set[NodeId] = set()  # lenders whose blocks are for outgrown sequences
-        self.saved_until = 0.0
-        self.kept = (0, 0.0)  # blocks that are for somebody who saves up, and until when
-        self.asking = self.denied = False
-        self.ask_again = 0.0
-        self.preemptions = self.steps = self.rows = self.moved = 0  # `rows`: of all steps
+        self.lender, self.borrower = Lender(blocks, start), Borrower(site.id, world)
+        self.moves = Moves(site.id, blocks, self.borrower, world, budget.moves)
+        self.dead = False
+        self.preemptions = self.steps = self.rows = 0  # `rows`: requests in all steps
+        self.shared = 0  # tokens that had been computed already
         self.prompts = self.output = 0  # tokens of prompts whose answer has begun, and of answers
-        self._version = self._loans = 0
+        self._uses = Uses(KEPT_USES)
+        self._version = 0
 
-    # --- from outside --------------------------------------------------------------------------------------------
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing can change here but from outside."""
+        return not (self.sequences or self.borrower.accounts or self.blocks.loans or self.lender.recalls)
 
-    def submit(self, request: Request) -> None:
-        sequence = Sequence(request, cast("list[int]", Length(len(request.prompt))))
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, named: Names | None, holders: Collection[NodeId], first: float | None) -> None:
+        """`holders`: who may have computed some of it before. `first`: when its first token came, if it did."""
+        self.world.wake(self.id)
+        length = len(request.prompt) + len(request.already)
+        sequence = Sequence(request, cast("list[int]", Length(length)))
         self.sequences[request.id] = sequence
-        self.waiting.append(sequence)
+        if first is not None:
+            self.firsts[request.id] = first
+        if named is not None:
+            self.names[request.id] = named
+            self._find(sequence, named, holders)
+        self.queue(sequence, len(self.waiting))
         if len(self.waiting) == 1:
             self.cut()
-        self._begin()
+        self.begin()
 
-    def lend(self, borrower: NodeId, blocks: int, least: int) -> int:
-        """How many of so many blocks are lent, all or none; with a `least`, as many as there are."""
+    def queue(self, sequence: Sequence, at: int) -> None:
+        self.waiting.insert(at, sequence)
+        self.needs[sequence.id] = need(sequence, self.size, 0)
+
+    def _find(self, sequence: Sequence, named: Names, holders: Collection[NodeId]) -> None:
+        """Have others keep what they have of a request beyond what is here, and copy it where that pays."""
+        known = named.upto((sequence.length - 1) // self.size)
+        layout = names.find(sequence.id, known, self.blocks, holders, self._share)
+        for span in layout:
+            sequence.have(span)
+        if layout:
+            uses, there = self._uses.count(known[layout[-1].stop // self.size - 1]), sequence.computed
+            steps = uses * (sequence.request.sampling.max_tokens - len(sequence.request.already))
+            self.shared += there
+            if self.cost.copying_pays(there, sequence.length - there, steps):
+                self.moves.bring(sequence.id, layout)
+
+    def _share(self, node: NodeId, seq: SeqId, wanted: Mapping[int, bytes]) -> list[int]:
+        found = self.world.worker(node).share(self.id, seq, wanted)
+        if found is None:
+            return []
+        self.borrower.accounts.setdefault(node, Account(self.world.now))
+        return found
+
+    # --- lending, from outside -----------------------------------------------------------------------------------
+
+    def lend(self, borrower: NodeId, blocks: int, terms: Terms) -> int | None:
+        """How many of so many blocks are lent, as `Lender.lend`. None: refused."""
+        if self.dead:
+            return None
         self.settle()
-        if least:
-            asked, blocks = blocks, min(blocks, self.blocks.offer)
-            self.kept = asked - blocks, self.world.now + KEPT_SECONDS
-        self._loans += 1
-        name = f"{self.id}>{borrower}#{self._loans}"
-        if blocks < max(least, 1) or isinstance(self.blocks.lend(borrower, blocks, math.inf, name), Refused):
-            return 0
-        self.cut()
-        return blocks
+        self.world.wake(self.id)
+        lent = self.lender.lend(borrower, blocks, terms, self.world.now)
+        if lent:
+            self._narrow()
+        return lent
 
-    def give_back(self, borrower: NodeId, blocks: int) -> None:
+    def share(self, borrower: NodeId, seq: SeqId, wanted: Mapping[int, bytes]) -> list[int] | None:
+        """Keep what is here under these names, by position, for a sequence of somebody else: which positions."""
+        if self.dead or (borrower not in self.blocks.loans and self.lend(borrower, 0, AT_ONCE) is None):
+            return None
+        self.settle()
+        found = self.blocks.share(seq, wanted, borrower)
+        self._narrow()
+        return found
+
+    def give_back(self, borrower: NodeId, blocks: int | None) -> None:
+        """So many blocks of a loan; None: all of it."""
         self.settle()
         self.blocks.give_back(borrower, blocks)
-        self.cut()
-        self._begin()
+        if self.waiting or (self.going is not None and self.going.grows):
+            self.cut()
+            self.begin()
+
+    def hear(self, lender: NodeId, blocks: int) -> None:
+        """A lender wants blocks back."""
+        if lender in self.borrower.accounts:
+            self.settle()
+            self.borrower.hear(lender, blocks)
+            self.cut()
+            self.begin()
 
     def obey(self, order: MoveBlocks) -> None:
-        """As engine.moves.Moves.hear: an order takes the place of an earlier one like it."""
-        like = (order.seq, order.source, order.target)
-        self.wishes = tuple(wish for wish in self.wishes if wish.move[:3] != like)
-        for stretch in pick(self.sequences.get(order.seq), order.source, order.blocks, self.size):
-            move = Move(order.seq, order.source, order.target, stretch.first, stretch.blocks)
-            self.wishes = (*self.wishes, Wish(move, order.reason))
+        """Reserve at the target, then move; where it does not lend, nothing changes."""
+        if self.dead or order.seq not in self.sequences:
+            return
+        if order.target != self.id:
+            offers = [(order.target, order.blocks)]
+            if not self.borrower.reserve(order.blocks, order.blocks, offers, AT_ONCE):
+                return
+        self.settle()
+        self.moves.hear(order, self.sequences[order.seq])
         self.cut()
 
-    def report(self) -> Report:
-        self.settle()
-        b = self.blocks
-        node = Node(
-            self.id,
-            INCARNATION,
-            self.id,
-            blocks=b.count,
-            lendable=b.lendable,
-            used=b.used,
-            lent=b.lent,
-            borrowed=sum(loan.blocks for _, loan in self._lent_to_us()),
-            running=len(self.running),
-            waiting=len(self.waiting),
-            wanted=sum(need(s, self.size, 0) for s in self.waiting),
-        )
-        layouts = {s.id: filled(s.layout, s.length) for s in self.running}
-        return Report(node, tuple(b.loans.values()), layouts)
-
     def tidy(self) -> None:
-        """Give back what no sequence has used for a while."""
-        for lender, loan in list(self._lent_to_us()):
-            saved_until = self.saved_until if lender.id in self.saved else 0.0
-            idle = max(self.lenders[lender.id] + IDLE_LOAN_SECONDS, saved_until)
-            if loan.used < loan.blocks and self.world.now >= idle:
-                if not loan.used:
-                    del self.lenders[lender.id]
-                    self.saved.discard(lender.id)
-                lender.give_back(self.id, loan.blocks - loan.used)
+        """Give back what no sequence has used for a while, and end the loans of those who return nothing."""
+        self.settle()
+        for lender, blocks in self.borrower.spare():
+            self.cut()
+            lender.give_back(self.id, blocks)
+        for borrower in self.lender.late(self.world.now):
+            self.world.worker(borrower).lose(self.id)
+            self.give_back(borrower, None)
+
+    # --- losses --------------------------------------------------------------------------------------------------
+
+    def lose(self, node: NodeId) -> None:
+        """Forget what a node held for us: holes are pending work, and the step in hand does not count."""
+        self.settle()
+        if node not in self.borrower.accounts:
+            return
+        self._stop()
+        del self.borrower.accounts[node]
+        for sequence in [*self.running, *self.waiting]:
+            sequence.layout, gone = without(sequence.layout, node)
+            for span in gone:
+                sequence.lose(span.start, span.stop)
+        self.needs = {s.id: need(s, self.size, 0) for s in self.waiting}
+        self.begin()
+
+    def die(self) -> list[Sequence]:
+        """All that is here is lost; returns the requests that were, in their order."""
+        self.settle()
+        self._stop()
+        self.dead = True
+        return [*self.running, *self.waiting]
+
+    def _stop(self) -> None:
+        self.moves.abandon()
+        self.going = None
+        self._version += 1
 
     # --- time ----------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Bring the books up to now."""
         if (going := self.going) is not None and (times := going.over(self.world.now)):
-            self._count(going, times)
+            self._count(going, times, going.passed + times)
             going.pass_over(times)
             for chunk in going.step.chunks:
                 self._hold(sequence := self.sequences[chunk.seq], sequence.length)
@@ -164,132 +217,142 @@ class Worker:
             self.going.times = 1
             self._arm(self.going)
 
+    def until(self, when: float) -> None:
+        """Decide anew at the end of the step in hand at that moment."""
+        self.settle()
+        if (going := self.going) is not None and (times := going.over(when) + 1) < going.times:
+            going.times = times
+            self._arm(going)
+
+    def _narrow(self) -> None:
+        """There is less room than there was."""
+        if (
+            (going := self.going) is not None
+            and going.decodes
+            and (going.grows or not fits(self.running, going.times, self.blocks.room, self.size))
+        ):
+            self.cut()
+
     def _arm(self, going: Going) -> None:
         self._version += 1
         self.world.at(going.began + going.seconds(going.times), partial(self._end, self._version))
 
-    def _begin(self) -> None:
-        if self.going is not None or not (self.running or self.waiting):
+    def begin(self) -> None:
+        if self.dead or self.going is not None or not self.sequences:
             return
-        room = self._room()
-        kept = self.kept[0] if self.world.now < self.kept[1] else 0
-        here = Here(self.blocks.count, kept, self.saved, not self.denied)
-        waiting = self.waiting[:MOST_ADMITTED]
-        step = schedule(0, self.running, waiting, room, self.budget, here, lambda _: NO_MATCH)
+        for seq in self.moves.repay(self.running):
+            self.preempt(self.sequences[seq])
+        room = beside({self.id: self.blocks.room, **self.borrower.room()}, self.moves.wishes)
+        now, kept = self.world.now, self.lender.kept_back(self.world.now)
+        here = Here(self.blocks.count, kept, self.borrower.saved, not self.borrower.denied)
+        step = schedule(0, self.running, self.waiting[:MOST_ADMITTED], room, self.budget, here, self._match)
         self._commit(step)
-        self._wish(step)
         if step.chunks:
-            moves = self._moves()
-            first = self._seconds(step.chunks, 0)
+            self.moves.reserve(self.running)
+        wish(self, step)
+        if step.chunks:
             decodes = all(chunk.start == self.sequences[chunk.seq].length - 1 for chunk in step.chunks)
-            times = self._alike(step) if decodes and not moves else 1
-            more = (self._seconds(step.chunks, times - 1) - first) / (times - 1) if times > 1 else 0.0
-            self.going = Going(step, self.world.now, times, first, max(more, 0.0), decodes, moves)
-            if step.short and not self.asking:  # then it asks again
-                self.going.times = self.going.over(self.ask_again) + 1
+            times, grows = self._alike(step, here) if decodes and not self.moves.busy else (1, [])
+            first = self._seconds(step.chunks, 0, ())
+            last = self._seconds(step.chunks, times - 1, grows) if times > 1 else first
+            more = max(last - first, 0.0) / max(times - 1, 1)
+            self.going = Going(step, now, times, first, more, decodes, grows[::-1])
+            if step.short and not self.borrower.asking:  # then it asks again
+                self.going.times = self.going.over(self.borrower.ask_again) + 1
+            if kept and self.waiting:  # then somebody may come in
+                self.going.times = self.going.over(self.lender.kept_until) + 1
             self._arm(self.going)
 
     def _end(self, version: int) -> None:
         if version != self._version or (going := self.going) is None:
             return
-        self._count(going, going.times)
+        self._count(going, going.times, going.passed + going.times - 1)
         self.going = None
-        self._switch(going.moves)
+        for move in self.moves.switch(self.sequences):
+            self._seal(self.sequences[move.seq], move.first, move.first + move.blocks * self.size)
         over = [s for s in self.running if s.produced >= s.request.sampling.max_tokens]
         for sequence in over:
-            self._release(sequence.id)
-            self.running.remove(sequence)
-            del self.sequences[sequence.id]
-        self._begin()
+            self.finish(sequence, self.running)
+        self.begin()
         for sequence in over:
-            self.world.ended(self, sequence, self.firsts.pop(sequence.id))
+            self.world.ended(self, sequence, self.firsts.pop(sequence.id), "")
 
     # --- a step --------------------------------------------------------------------------------------------------
 
+    def _match(self, sequence: Sequence) -> Match:
+        return names.match(self.blocks, sequence, self.names.get(sequence.id))
+
     def _commit(self, step: Step) -> None:
         for seq in step.preempt:
-            sequence = self.sequences[seq]
-            self._release(seq)
-            sequence.forget()
-            self.running.remove(sequence)
-            self.waiting.insert(0, sequence)
-            self.preemptions += 1
+            self.preempt(self.sequences[seq])
         for seq in step.admit:
             sequence = self.sequences[seq]
             self.waiting.remove(sequence)
+            del self.needs[seq]
             self.running.append(sequence)
             sequence.pass_through("admit")
+        for each in step.reuse:
+            names.reuse(self.blocks, each, self.names[each.seq])
+            self.sequences[each.seq].have(Span(self.id, each.first, each.first + each.blocks * self.size))
+            self.shared += each.blocks * self.size
         for grow in step.grow:
-            self._grow(grow)
+            self._grow(grow, self.world.now)
         for seq in {grow.seq for grow in step.grow}:
             sequence = self.sequences[seq]
             sequence.layout = grown(sequence.layout, [g for g in step.grow if g.seq == seq], self.size)
 
-    def _grow(self, grow: Grow) -> None:
-        owner = OWN if grow.node == self.id else self.id
-        refused = self.world.worker(grow.node).blocks.grow(grow.seq, grow.first, grow.blocks, owner)
+    def _grow(self, grow: Grow, when: float) -> None:
+        blocks, owner = self._books(grow.node)
+        refused = blocks.grow(grow.seq, grow.first, grow.blocks, owner)
         assert refused is None, refused
         if owner:
-            self.lenders[grow.node] = self.world.now
+            self.borrower.touch(grow.node, when)
 
-    def _seconds(self, chunks: tuple[Chunk, ...], later: int) -> float:
-        """What a step of these takes, so many steps alike later."""
-        rows = local = 0
-        away: dict[NodeId, tuple[int, int]] = {}
-        seconds, decoding = 0.0, True
-        for chunk in chunks:
-            layout = self.sequences[chunk.seq].layout
-            if chunk.stop - chunk.start > 1:
-                seconds += self.cost.computing(chunk.stop - chunk.start, chunk.start)
-                decoding = False
-            else:
-                rows += 1
-            for span in layout:
-                if span.node != self.id:
-                    asked, tokens = away.get(span.node, (0, 0))
-                    away[span.node] = asked + 1, tokens + min(span.stop, chunk.stop) - span.start
-                elif chunk.stop - chunk.start == 1:
-                    local += min(span.stop, chunk.stop) - span.start
-        local += rows * later
-        answers = [self.world.answer(self.id, node, asked, tokens) for node, (asked, tokens) in away.items()]
-        step = self.cost.decode_step(rows, local, answers)
-        seconds += step if decoding else step - self.cost.dense(rows)
+    def _books(self, node: NodeId) -> tuple[Blocks, NodeId]:
+        return (self.blocks, OWN) if node == self.id else (self.world.worker(node).blocks, self.id)
+
+    def _seconds(self, chunks: tuple[Chunk, ...], later: int, grows: Collection[tuple[int, Grow]]) -> float:
+        """What a step of these takes, so many steps alike later, with these blocks besides."""
+        layouts = {chunk.seq: self.sequences[chunk.seq].layout for chunk in chunks}
+        for _, grow in grows:
+            layouts[grow.seq] = grown(layouts[grow.seq], [grow], self.size)
+        answer = partial(self.world.answer, self.id)
+        seconds = step_seconds(self.id, self.cost, [(c, layouts[c.seq]) for c in chunks], later, answer)
         hosted = sum(loan.used for loan in self.blocks.loans.values()) * self.size
         return self.world.seconds(self.id, seconds + self.cost.attend(hosted))
 
-    def _alike(self, step: Step) -> int:
-        """How many steps like this follow each other, this one included, should nothing come from outside."""
-        sequences = [self.sequences[chunk.seq] for chunk in step.chunks]
-        if len(sequences) < len(self.running):
-            return 1
-        most = min(s.request.sampling.max_tokens - s.produced for s in sequences)
-        room = self.blocks.room
+    def _alike(self, step: Step, here: Here) -> tuple[int, list[tuple[int, Grow]]]:
+        """How many steps like this follow each other, this one included, and the blocks they take: as `coast`."""
+        if len(step.chunks) < len(self.running):
+            return 1, []
+        return coast(self.running, {self.id: self.blocks.room, **self.borrower.room()}, here, self.size)
 
-        def fits(times: int) -> bool:
-            return sum(max(-(-(s.length + times - 1 - reserved(s.layout)) // self.size), 0) for s in sequences) <= room
-
-        return bisect_left(range(2, most + 1), True, key=lambda times: not fits(times)) + 1
-
-    def _count(self, going: Going, times: int) -> None:
-        """So many steps are over."""
+    def _count(self, going: Going, times: int, taken: int) -> None:
+        """So many steps are over, and the blocks of the steps up to `taken` are had."""
         self.steps += times
         self.rows += times * len(going.step.chunks)
+        while going.grows and going.grows[-1][0] <= taken:
+            later, grow = going.grows.pop()
+            self._grow(grow, going.began + going.seconds(later - going.passed))
+            sequence = self.sequences[grow.seq]
+            sequence.layout = grown(sequence.layout, [grow], self.size)
         for chunk in going.step.chunks:
             sequence = self.sequences[chunk.seq]
+            start = sequence.length - 1 if going.decodes else chunk.start
             if going.decodes:
-                self._decode(sequence, times)
+                self._decode(sequence, start, times)
             else:
                 sequence.compute(chunk)
+            self._seal(sequence, start, start + times if going.decodes else chunk.stop)
             if sequence.gap is None:
                 sequence.tokens.append(0)
                 self.output += times
                 if sequence.id not in self.firsts:
-                    self.firsts[sequence.id] = self.world.now
+                    self.firsts[sequence.id] = going.began + going.seconds(1)
                     self.prompts += len(sequence.request.prompt)
 
-    def _decode(self, sequence: Sequence, times: int) -> None:
-        """So many tokens, the last of which is still to be added."""
-        start = sequence.length - 1
+    def _decode(self, sequence: Sequence, start: int, times: int) -> None:
+        """So many tokens from there on, the last of which is still to be added."""
         self._hold(sequence, start + times)
         sequence.done = add(sequence.done, start, start + times)
         cast("Length", sequence.tokens).count += times - 1
@@ -299,98 +362,28 @@ class Worker:
         there = reserved(sequence.layout)
         if stop > there:
             grow = Grow(sequence.id, self.id, there, -(-(stop - there) // self.size))
-            self._grow(grow)
+            self._grow(grow, self.world.now)
             sequence.layout = grown(sequence.layout, [grow], self.size)
 
-    def _release(self, seq: SeqId) -> None:
+    def _seal(self, sequence: Sequence, start: int, stop: int) -> None:
+        if (named := self.names.get(sequence.id)) is not None:
+            names.seal(self._books, sequence, start, stop, named)
+
+    def preempt(self, sequence: Sequence) -> None:
+        self.release(sequence.id)
+        sequence.forget()
+        self.running.remove(sequence)
+        self.queue(sequence, 0)
+        self.preemptions += 1
+
+    def finish(self, sequence: Sequence, queue: list[Sequence]) -> None:
+        self.release(sequence.id)
+        queue.remove(sequence)
+        self.needs.pop(sequence.id, None)
+        del self.sequences[sequence.id]
+        self.names.pop(sequence.id, None)
+
+    def release(self, seq: SeqId) -> None:
         self.blocks.release(seq)
-        for node in self.lenders:
-            if self.world.worker(node).blocks.release(seq, self.id):
-                self.lenders[node] = self.world.now
-        self.wishes = tuple(wish for wish in self.wishes if wish.move.seq != seq)
-
-    # --- moves ---------------------------------------------------------------------------------------------------
-
-    def _moves(self) -> tuple[Move, ...]:
-        """What goes elsewhere beside the step that begins; room is held for it there."""
-        if not self.wishes:
-            return ()
-        room = self._room()
-        most = -(-self.budget.moves // self.size)
-        chosen = choose(self.wishes, {s.id: s for s in self.running}, room, most, self.size)
-        for move in chosen.moves:
-            refused = self.world.worker(move.target).blocks.stage(*move.stretch, self._owner(move.target))
-            assert refused is None, refused
-        self.wishes = chosen.wishes
-        return chosen.moves
-
-    def _switch(self, moves: tuple[Move, ...]) -> None:
-        for move in moves:
-            source, target = self.world.worker(move.source), self.world.worker(move.target)
-            target.blocks.adopt(move.seq, self._owner(move.target))
-            refused = source.blocks.leave(*move.stretch, self._owner(move.source))
-            assert refused is None, refused
-            sequence = self.sequences[move.seq]
-            sequence.layout = moved(sequence.layout, move, self.size)
-            self.moved += move.blocks * self.size
-            for node in (move.source, move.target):
-                if node != self.id:
-                    self.lenders[node] = self.world.now
-
-    def _owner(self, node: NodeId) -> NodeId:
-        return OWN if node == self.id else self.id
-
-    # --- borrowing -----------------------------------------------------------------------------------------------
-
-    def _lent_to_us(self) -> Iterator[tuple[Worker, Loan]]:
-        for node in self.lenders:
-            lender = self.world.worker(node)
-            if (loan := lender.blocks.loans.get(self.id)) is not None:
-                yield lender, loan
-
-    def _room(self) -> dict[NodeId, int]:
-        """Blocks that may be taken on each node, home first."""
-        return {self.id: self.blocks.room, **{w.id: loan.blocks - loan.used for w, loan in self._lent_to_us()}}
-
-    def _wish(self, step: Step) -> None:
-        """As engine.loop.Engine: ask for what the step was short of, and more for what grows."""
-        self.denied = self.denied and bool(step.short)
-        if not step.short or self.asking:
-            return
-        if self.world.now < self.ask_again:
-            self.world.at(self.ask_again, self._begin)
-            return
-        self.asking = True
-        more = sum(loan.blocks for _, loan in self._lent_to_us()) - self.blocks.lent
-        wanted = shortage(step, self.running, self.waiting, self.size, self.blocks.count, more)
-        self.world.at(self.world.now + ASK_SECONDS, partial(self._borrow, *wanted))
-
-    def _borrow(self, least: int, wanted: int, beyond: int | None) -> None:
-        self.asking, self.ask_again = False, self.world.now + RETRY_SECONDS
-        self.denied = not self._borrowed(least, wanted, beyond)
-        self.cut()
-        self._begin()
-
-    def _borrowed(self, least: int, wanted: int, beyond: int | None) -> bool:
-        """As servers.worker and pool.borrow: from those the policy names, in order, enough or nothing."""
-        offers, save = self.world.offers(self.id, wanted, beyond is not None)
-        if save and beyond is not None:
-            least, wanted, self.saved_until = 1, beyond, self.world.now + TURN_SECONDS
-        if isinstance(offers, Refused) or wanted < 1:
-            return False
-        got: list[tuple[Worker, int]] = []
-        total = 0
-        for name, offered in offers:
-            if (asked := min(wanted - total, offered)) < 1:
-                break
-            lender = self.world.worker(name)
-            if lent := lender.lend(self.id, asked, 1 if save else 0):
-                got.append((lender, lent))
-                total += lent
-        for lender, lent in got:
-            if total < least:
-                lender.give_back(self.id, lent)
-                continue
-            self.lenders[lender.id] = self.world.now
-            (self.saved.add if save else self.saved.discard)(lender.id)
-        return total >= least
+        self.borrower.release(seq)
+        self.moves.forget(seq)

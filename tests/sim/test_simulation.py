@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from infinillm.core.cost import Cost, Link
 from infinillm.core.policy import POLICIES
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.scheduler import Budget
+from infinillm.core.types import Grow, Ledger
+from infinillm.errors import BadRequest
 from infinillm.sim.hardware import Cluster, Site
 from infinillm.sim.simulation import Ending, Simulation
 from infinillm.sim.traffic import Arrival
@@ -20,6 +25,10 @@ from tests.core.test_cost import LLAMA_H100
 BLOCK, BLOCKS = 16, 40
 BUDGET = Budget(512, 64, BLOCK, moves=16)
 COST: Cost = LLAMA_H100
+
+
+def one_by_one(*_: object) -> tuple[int, list[tuple[int, Grow]]]:
+    return 1, []
 
 
 def simulation(workers: int, policy: str, beat_seconds: float = 0.5, cores: float | None = None) -> Simulation:
@@ -64,6 +73,8 @@ def test_every_request_ends_and_nothing_is_left(policy: str) -> None:
         assert each.refused or (each.prompt, each.output) in asked
     cluster.run(cluster.now + 10)
     assert all(w.blocks.used == w.blocks.lent == 0 and not w.sequences for w in cluster.workers.values())
+    assert all(n.used == n.lent == n.borrowed == n.running == 0 for n in cluster.ledger.nodes.values())
+    assert not cluster.awake and not cluster.ledger.layouts, "who has nothing tells nothing"
 
 
 @pytest.mark.parametrize("policy", ["pooled", "proactive"])
@@ -84,7 +95,7 @@ def test_equal_seeds_give_equal_histories_and_others_others() -> None:
 
 def test_steps_taken_in_one_go_end_when_they_would_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     found, cluster = history("isolated")
-    monkeypatch.setattr(Worker, "_alike", lambda *_: 1)
+    monkeypatch.setattr(Worker, "_alike", one_by_one)
     single, slow = history("isolated")
     assert sum(w.steps for w in cluster.workers.values()) == sum(w.steps for w in slow.workers.values())
     assert cluster.clock.count < 0.7 * slow.clock.count
@@ -103,7 +114,7 @@ def test_and_nearly_so_where_what_is_read_for_others_grows_meanwhile(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, _ = history(policy)
-    monkeypatch.setattr(Worker, "_alike", lambda *_: 1)
+    monkeypatch.setattr(Worker, "_alike", one_by_one)
     single, _ = history(policy)
     assert max(each.last for each in found) == pytest.approx(max(each.last for each in single), rel=0.05)
 
@@ -130,3 +141,67 @@ def test_workers_on_shared_cores_wait_for_each_other() -> None:
 
     assert last(None) == last(3.0)
     assert 1.3 * last(None) < last(1.5) <= 2 * last(None)
+
+
+def test_where_home_is_full_steps_with_blocks_of_a_lender_are_taken_in_one_go_and_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told() -> tuple[list[Ending], int, Simulation]:
+        cluster = simulation(2, "pooled")
+        endings: list[Ending] = []
+        for _ in range(4):
+            cluster.at(0.0, partial(cluster.ask, 2 * BLOCKS * BLOCK // 5, 90, endings.append))
+        cluster.run(20.0)
+        return endings, cluster.clock.count, cluster
+
+    found, count, cluster = told()
+    assert cluster.totals().rows == sum(each.output - 1 for each in found) + 4
+    monkeypatch.setattr(Worker, "_alike", one_by_one)
+    single, slow, other = told()
+    assert count < 0.6 * slow and cluster.totals()[2:] == other.totals()[2:]
+    assert [each.last for each in found] == pytest.approx([each.last for each in single], rel=1e-3)
+
+
+def test_somebody_watches_the_ledger_and_changes_nothing() -> None:
+    seen: list[tuple[float, int]] = []
+
+    def look(now: float, ledger: Ledger) -> None:
+        seen.append((now, sum(loan.used for loan in ledger.loans.values())))
+
+    alone, _ = history("pooled")
+    cluster = simulation(3, "pooled", beat_seconds=0.05)
+    endings: list[Ending] = []
+    cluster.watch(0.25, look)
+    cluster.play(iter(load(1, 120, 2.0)), endings.append)
+    cluster.run(30.0)
+    assert endings == alone
+    assert [now for now, _ in seen] == [0.25 * k for k in range(121)]
+    assert max(used for _, used in seen) > 10 and seen[-1][1] == 0
+    with pytest.raises(BadRequest, match="every must be seconds above 0"):
+        cluster.watch(0.0, look)
+
+
+def test_the_totals_are_of_all_workers() -> None:
+    endings, cluster = history("proactive")
+    total = cluster.totals()
+    assert total.rows >= total.steps > 0
+    assert total.preemptions == sum(w.preemptions for w in cluster.workers.values()) > 0
+    assert total.rows >= sum(each.output for each in endings)
+
+
+def test_what_a_policy_orders_is_reserved_and_moves() -> None:
+    def plan(ledger: Ledger, *_: object) -> tuple[MoveBlocks, ...]:
+        there = [(home, seq) for home, layouts in ledger.layouts.items() for seq in layouts]
+        return tuple(MoveBlocks(home, seq, "n0", "n1", 5, "so be it") for home, seq in there if home == "n0")[:1]
+
+    cluster = simulation(2, "isolated", beat_seconds=0.05)
+    cluster.policy = replace(cluster.policy, plan=plan, route=lambda *_: "n0")
+    endings: list[Ending] = []
+    cluster.ask(200, 90, endings.append)
+    cluster.run(0.4)
+    cluster.check()
+    (sequence,) = cluster.workers["n0"].running
+    assert sum(span.stop - span.start for span in sequence.layout if span.node == "n1") == 5 * BLOCK
+    assert cluster.workers["n1"].blocks.lent >= 5 and cluster.totals().moved == 5 * BLOCK
+    cluster.run(30.0)
+    assert [each.output for each in endings] == [90]
