@@ -71,9 +71,11 @@ then:
   infinillm serve --policy proactive --profile profile.json
 """,
     "simulate": """\
-examples, neither of which needs a GPU, or a model:
+examples, none of which needs a GPU, or a model:
   infinillm simulate --trace t1 --rate 8 --cluster 4x8xA100 --model Llama-2-13B
   infinillm simulate --trace requests.jsonl --rate 0 --cluster 2x8xH100:tp2 --model Llama-3-70B --policy proactive
+  infinillm simulate --policy pooled,mine.py --report report.html           a policy of your own, and figures
+  infinillm simulate --find-capacity --slo ttft=2,tpot=0.1                 the highest rate that keeps it
 """,
     "chat": """\
 examples:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from infinillm import options
+from infinillm.core import policy as policies
 from infinillm.core.cost import Cost, from_plain
+from infinillm.core.policy import Policy, own
 from infinillm.errors import BadRequest
 from infinillm.options import arguments, check, explain, option, parser, sources
 
-__all__ = ["PROCESSES", "arguments", "cost", "explain", "load", "parser"]
+__all__ = ["PROCESSES", "arguments", "cost", "explain", "load", "parser", "policy"]
 
 POLICIES = ("pooled", "proactive", "isolated")
+OWN = {"FILE.py": r".+\.py", "MODULE:NAME": r"[\w.]+:\w+"}  # a policy of one's own
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PORTS = ("auto", "shm", "tcp", "stream", "collective")
 DEVICES = ("auto", "cpu", "cuda")
@@ -40,8 +45,14 @@ _LEVEL = "least level of the events logged to stderr"
 _NAME = "the name clients call the model by; empty: derived from MODEL"
 _PATIENCE = "seconds of silence in the middle of an exchange after which a peer is lost"
 _DRAIN = "seconds a worker told to end has for that; in the last quarter it hands over what still runs"
-_POLICY = "pooled: workers lend each other memory; proactive: ahead of time, too; isolated: none does"
+_POLICY = (
+    "pooled: workers lend each other memory; proactive: ahead of time, too; isolated: none does; or one of your own"
+)
 _PROFILE = "FILE that `infinillm profile` wrote: what {} costs; policy proactive goes by it"
+_LOG = "FILE.jsonl to which lengths and times of requests are added, for `infinillm simulate --trace`; empty: none"
+_SLO = (
+    "bounds in seconds: of ttft, tpot, latency, per-token or per-input, such as ttft=2,tpot=0.1; mean-...: in the mean"
+)
 _URL = "where the gateway answers"
 _BLOCKS = "K/V blocks each worker owns; 0: as many as --kv-memory-gib holds"
 _MEMORY = "GiB of K/V memory each worker owns, when --kv-blocks is 0; 0: none, it borrows all it needs"
@@ -59,7 +70,7 @@ class Controller:
     host: str = option("127.0.0.1", _HOST)
     port: int = option(7000, "port of gRPC; 0 takes a free one", least=0, most=65535)
     metrics_port: int = option(0, _METRICS, least=-1, most=65535)
-    policy: str = option("pooled", _POLICY, choices=POLICIES)
+    policy: str = option("pooled", _POLICY, choices=POLICIES, besides=OWN)
     heartbeat_seconds: float = option(0.5, "seconds between two heartbeats of a worker", least=0.01, most=60)
     profile: str = option("", _PROFILE.format("a worker that brings no profile of its own"))
     lease: str = option("", _LEASE)
@@ -121,6 +132,7 @@ class Gateway:
     served_model_name: str = option("", _NAME)
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     max_body_bytes: int = option(16 * MIB, "most bytes of one HTTP body", least=1024, most=1 << 31)
+    request_log: str = option("", _LOG)
     cache_dir: str = option("", _CACHE)
     log_level: str = option("info", _LEVEL, choices=LEVELS)
     sources: Mapping[str, str] = sources()
@@ -157,12 +169,13 @@ class Serve:
     dtype: str = option("auto", _DTYPE, choices=DTYPES)
     max_model_len: int = option(0, _LONGEST, least=0, most=2**31 - 1)
     served_model_name: str = option("", _NAME)
-    policy: str = option("pooled", _POLICY, choices=POLICIES)
+    policy: str = option("pooled", _POLICY, choices=POLICIES, besides=OWN)
     host_kv_gib: float = option(0.0, "GiB of host memory lent to the workers when they are full", least=0, most=65536)
     profile: str = option("", _PROFILE.format("each worker"))
     threads: int = option(0, _SHARED_THREADS, least=0, most=1024)
     port_kind: str = option("auto", "how tensors travel between workers; auto: shm", choices=PORTS)
     patience_seconds: float = option(15.0, _PATIENCE, least=0.01, most=3600)
+    request_log: str = option("", _LOG)
     metrics_port: int = option(
         0, "/metrics of the controller, then of each worker one higher; 0: free ones", least=0, most=64000
     )
@@ -223,6 +236,7 @@ class Serve:
             controller=controller,
             served_model_name=self.served_model_name,
             max_model_len=self.max_model_len,
+            request_log=self.request_log,
             cache_dir=self.cache_dir,
             log_level=self.log_level,
         )
@@ -302,7 +316,9 @@ class Simulate:
     trace: str = option("sharegpt", "a workload by name (sharegpt, t0 to t8, ...) or a .csv or .jsonl FILE")
     cluster: str = option("1x8xA100", "SERVERSxDEVICESxKIND, such as 4x8xH100 or 4x8xA100:tp8, or a .json FILE")
     model: str = option("Llama-2-7B", "a model by name, or the config.json of a Hugging Face folder")
-    policy: str = option("isolated,pooled,proactive", "one or several, with commas between")
+    policy: str = option(
+        "isolated,pooled,proactive", "one or several, with commas between; FILE.py or MODULE:NAME: your own"
+    )
     rate: float = option(20.0, "requests a second; of a file, 0 keeps the times in it", least=0, most=1e6)
     requests: int = option(2000, "how many arrive", least=1, most=10**9)
     seconds: float = option(
@@ -316,6 +332,11 @@ class Simulate:
     move_tokens_per_step: int = option(16, _MOVES, least=0, most=65536)
     lend_fraction: float = option(0.9, "most of its blocks a worker lends, as a share", least=0, most=1)
     heartbeat_seconds: float = option(0.5, "seconds between two heartbeats of a worker", least=0.01, most=60)
+    losses: str = option("", "who is gone from when to when, in seconds, such as n3@60-120,n5@90")
+    slo: str = option("", _SLO)
+    slo_share: float = option(0.9, "of the requests, that must keep the bounds of each", least=0, most=1)
+    find_capacity: bool = option(False, "search for the highest rate at which --slo is kept, from --rate on")
+    report: str = option("", "FILE.html: a page with figures of the run")
     json: bool = option(False, "print a line of JSON for each policy")
     sources: Mapping[str, str] = sources()
 
@@ -343,6 +364,28 @@ def cost(file: str) -> Cost | None:
         return from_plain(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise BadRequest(f"profile {file}: {error}", field="profile") from None
+
+
+def policy(text: str) -> Policy:
+    """A policy by name, or somebody's own: FILE.py with its functions, or MODULE:NAME of a `Policy` to import.
+
+    That runs their code, which may do all that this process may. Raises BadRequest.
+    """
+    file, (module, colon, name) = text.endswith(".py"), text.partition(":")
+    if not (file or colon):
+        return policies.named(text)
+    if file and not Path(text).is_file():
+        raise BadRequest(f"policy {text}: there is no such file", field="policy")
+    stem = Path(text).stem
+    try:
+        found: Any = (
+            runpy.run_path(text, run_name=f"policy_{stem}") if file else getattr(importlib.import_module(module), name)
+        )
+    except Exception as error:
+        raise BadRequest(f"policy {text}: {own.said(error)}", field="policy") from error
+    if not (file or isinstance(found, Policy)):
+        raise BadRequest(f"policy {text} must be a Policy, not {found!r:.40}", field="policy")
+    return own.made(stem, found) if file else found
 
 
 def load(

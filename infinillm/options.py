@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,12 +27,16 @@ def option(
     least: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] = (),
+    besides: Mapping[str, str] = {},
     positional: bool = False,
     also: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its default, what it means (with its unit), what it may be, and other flags that set it."""
+    """A field with its default, what it means (with its unit), what it may be, and other flags that set it.
+
+    `besides` are more choices: what people are told of one, and the pattern of all that it stands for.
+    """
     about = {"text": text, "least": least, "most": most, "choices": choices, "positional": positional, "also": also}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={**about, "besides": besides})
 
 
 # Where each value came from, by field name: "file", "environment" or "flag"; what is not named is a default.
@@ -63,11 +68,16 @@ def check(settings: Any) -> None:
             object.__setattr__(settings, each.name, value := float(value))
         if type(value) is not kind:
             raise BadRequest(f"{shown} must be {_KINDS[kind]}, not {value!r}", field=each.name)
-        if about["choices"] and value not in about["choices"]:
-            raise BadRequest(f"{shown} must be one of {', '.join(about['choices'])}, not {value!r}", field=each.name)
+        if about["choices"] and value not in about["choices"] and not _fits(value, about["besides"].values()):
+            known = ", ".join((*about["choices"], *about["besides"]))
+            raise BadRequest(f"{shown} must be one of {known}, not {value!r}", field=each.name)
         least, most = about["least"], about["most"]
         if least is not None and not (math.isfinite(value) and least <= value <= most):
             raise BadRequest(f"{shown} must be between {least:.12g} and {most:.12g}, not {value!r}", field=each.name)
+
+
+def _fits(value: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, value) for pattern in patterns)
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -121,7 +131,7 @@ def parser(cls: type[Any], prog: str, *, description: str = "", examples: str = 
         elif kind is bool:
             found.add_argument(flag(each.name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = "{" + ",".join(about["choices"]) + "}" if about["choices"] else ""
+            choices = "{" + ",".join((*about["choices"], *about["besides"])) + "}" if about["choices"] else ""
             metavar = choices or {int: "N", float: "X", str: "TEXT"}[kind]
             found.add_argument(flag(each.name), *about["also"], dest=each.name, metavar=metavar, help=text)
     found.add_argument(

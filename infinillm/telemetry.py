@@ -307,6 +307,7 @@ EVENTS: dict[str, tuple[str, str]] = {
     "stands_by": ("warning", "this controller does not lead, and who does"),
     "lease_failed": ("warning", "who leads cannot be found out, and why"),
     "law_broken": ("error", "the ledger's books do not balance"),
+    "policy_failed": ("error", "a policy of somebody's own failed, and how; nothing is ordered"),
     # Loans, told by the lender, the borrower and the controller.
     "creditors_named": ("info", "who could lend to a node that is short, best first"),
     "ordered": ("info", "blocks of a running request should move to another node, and why"),
@@ -338,6 +339,7 @@ EVENTS: dict[str, tuple[str, str]] = {
     "request_resubmitted": ("warning", "a worker was lost, or hands over; another goes on after the tokens there are"),
     "handed_over": ("info", "a worker that drains told the callers of some requests to go on elsewhere"),
     "routed_alone": ("warning", "a request was routed by the last known ledger"),
+    "request_log_failed": ("error", "the log of requests cannot be written any more, and why"),
     "stream_failed": ("warning", "an answer broke off after it had begun"),
     "rpc_failed": ("error", "a method of ours raised what it should not"),
     "loading": ("info", "a slow piece of the start begins or is done"),

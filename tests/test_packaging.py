@@ -23,6 +23,8 @@ NEEDED = (
     "infinillm/protos/types_pb2.py",
     "infinillm/protos/shard_pb2.py",
     "infinillm/console/assets/logbook.txt",
+    "infinillm/console/assets/report.css",
+    "infinillm/console/assets/report.js",
     "infinillm/core/policy/pooled.py",
     "infinillm/sim/traffic.py",
     "infinillm/sim/data/devices.json",

@@ -12,6 +12,7 @@ from infinillm.servers import local
 
 
 def run(settings: config.Serve) -> None:
+    config.policy(settings.policy)  # what is wrong with it is told before anything starts
     with Progress() as progress:
 
         def announce(cluster: local.Cluster) -> None:

@@ -1,159 +1,209 @@
-"""`infinillm simulate`: what a cluster would do under some traffic, by policy."""
+"""`infinillm simulate`: what a cluster would do under some traffic, by policy, and how much of it it could take."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from infinillm import config
 from infinillm.console.progress import Progress
-from infinillm.core import policy as policies
+from infinillm.console.report import page
+from infinillm.console.rows import Row, cells, heads
+from infinillm.core.policy import Policy
 from infinillm.core.scheduler import Budget
 from infinillm.errors import BadRequest
-from infinillm.sim.hardware import Cluster, cluster, read_size
+from infinillm.sim import worlds
+from infinillm.sim.capacity import Judge, Objective, highest, objective
+from infinillm.sim.hardware import Size, cluster, read_size
+from infinillm.sim.losses import DIES, RETURNS, Loss, schedule
+from infinillm.sim.outcome import Outcome, Traffic, played
 from infinillm.sim.simulation import Simulation
-from infinillm.sim.statistics import Spread, Tally
-from infinillm.sim.traffic import workload
 
-TELL_EVERY = 4096  # events
-WIDTH = 120  # of what is no terminal
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of the traffic under one policy. `seconds` are of the cluster, `took` of this machine."""
-
-    policy: str
-    tally: Tally
-    seconds: float
-    preemptions: int
-    moved: int  # tokens of K/V
-    steps: int
-    rows: int  # requests in all steps
-    took: float
-
-    def told(self) -> dict[str, Any]:
-        """As JSON; times in seconds."""
-        tally = self.tally
-        return {
-            "policy": self.policy,
-            "served": tally.served,
-            "refused": tally.refused,
-            "seconds": round(self.seconds, 3),
-            "tokens per second": round((tally.prompt + tally.output) / self.seconds, 1) if self.seconds else 0.0,
-            "output tokens per second": round(tally.output / self.seconds, 1) if self.seconds else 0.0,
-            "first token": _told(tally.first),
-            "output token": _told(tally.each),
-            "latency": _told(tally.latency),
-            "preemptions": self.preemptions,
-            "moved tokens": self.moved,
-            "steps": self.steps,
-            "request-steps": self.rows,
-            "simulated in": round(self.took, 2),
-        }
-
-
-def _told(spread: Spread) -> dict[str, float]:
-    found = {
-        "mean": spread.mean,
-        "p50": spread.quantile(0.5),
-        "p90": spread.quantile(0.9),
-        "p99": spread.quantile(0.99),
-    }
-    return {name: float(f"{value:.4g}") for name, value in found.items()}
+LOSS = re.compile(r"([\w.-]+)@(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?")
+WIDTH = 140  # of what is no terminal
+LATE, LATER = 10, 3600.0  # a search waits so many times as long as requests arrive, and so many seconds more
+LOOKS = 400  # at the ledger, for a report, while the requests arrive
 
 
 def run(settings: config.Simulate) -> None:
-    names = [name.strip() for name in settings.policy.split(",")]
-    chosen = [policies.named(name) for name in names]
-    if len(set(names)) < len(names):
-        raise BadRequest(f"policy names {settings.policy!r}, one of them twice", field="policy")
-    place = cluster(settings.cluster, read_size(settings.model, settings.block_size, settings.dtype))
+    policies = chosen(settings.policy)
+    wanted = _objective(settings)
+    size = read_size(settings.model, settings.block_size, settings.dtype)
+    place = cluster(settings.cluster, size)
+    if settings.report:
+        _writable(settings.report)
+    bench = Bench(settings, size, wanted)
     with Progress() as progress:
-        outcomes = [simulated(settings, place, policy, progress) for policy in chosen]
+        found = bench.search if settings.find_capacity else bench.once
+        rows = [found(name, policy, progress) for name, policy in policies]
+    nodes, tokens = len(place.sites), sum(site.blocks for site in place.sites) * settings.block_size
+    about = (
+        f"{settings.requests:,} requests of {settings.trace}{_rate(settings)}, {settings.model} on "
+        f"{settings.cluster}: {nodes:,} {'worker' if nodes == 1 else 'workers'}, K/V of {tokens:,} tokens"
+    )
+    if settings.report:
+        Path(settings.report).write_text(page(settings, about, rows), encoding="utf-8")
     if settings.json:
-        for outcome in outcomes:
-            print(json.dumps(outcome.told()))
+        for row in rows:
+            print(json.dumps(row.told()))
         return
-    nodes = place.sites
-    tokens = sum(site.blocks for site in nodes) * settings.block_size
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
-    console.print(
-        f"{settings.requests:,} requests of {settings.trace} at {settings.rate:g} a second, {settings.model} on "
-        f"{settings.cluster}: {len(nodes):,} workers, K/V of {tokens:,} tokens",
-        soft_wrap=True,
-    )
-    console.print(table(outcomes))
+    console.print(about, soft_wrap=True)
+    console.print(table(rows))
+    for row in rows:
+        if row.remark:
+            console.print(row.remark, soft_wrap=True)
+    if settings.report:
+        console.print(f"written to {settings.report}", soft_wrap=True)
 
 
-def simulated(settings: config.Simulate, place: Cluster, policy: policies.Policy, progress: Progress) -> Outcome:
-    """All the traffic under one policy."""
-    began = time.perf_counter()
-    budget = Budget(
-        settings.max_num_batched_tokens, settings.max_num_seqs, settings.block_size, settings.move_tokens_per_step
-    )
-    simulation = Simulation(
-        place, policy, budget, lend_fraction=settings.lend_fraction, beat_seconds=settings.heartbeat_seconds
-    )
-    tally = Tally()
-    arrivals = workload(settings.trace, rate=settings.rate, seed=settings.seed, count=settings.requests)
-    simulation.play(arrivals, tally.add)
-    events = 0
-    while simulation.busy and simulation.clock.step(settings.seconds or float("inf")):
-        events += 1
-        if events % TELL_EVERY == 1:
-            progress.say(f"policy {policy.name}", (tally.served + tally.refused) / settings.requests)
-    workers = simulation.workers.values()
-    return Outcome(
-        policy.name,
-        tally,
-        simulation.now,
-        sum(worker.preemptions for worker in workers),
-        sum(worker.moved for worker in workers),
-        sum(worker.steps for worker in workers),
-        sum(worker.rows for worker in workers),
-        time.perf_counter() - began,
-    )
-
-
-def table(outcomes: list[Outcome]) -> Table:
-    """One row a policy."""
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    found.add_column("policy")
-    for head in (
-        "tokens/s",
-        "served",
-        "refused",
-        "first p50",
-        "p99",
-        "token p50",
-        "p99",
-        "latency p50",
-        "p99",
-        "gave way",
-    ):
-        found.add_column(head, justify="right", no_wrap=True)
-    for each in outcomes:
-        told, tally = each.told(), each.tally
-        times = [
-            seconds(spread.quantile(share))
-            for spread in (tally.first, tally.each, tally.latency)
-            for share in (0.5, 0.99)
-        ]
-        rate = f"{told['tokens per second']:,.0f}"
-        found.add_row(each.policy, rate, f"{tally.served:,}", f"{tally.refused:,}", *times, f"{each.preemptions:,}")
+def chosen(text: str) -> list[tuple[str, str | Policy]]:
+    """The policies that --policy names, each with what people call it."""
+    found: list[tuple[str, str | Policy]] = []
+    for name in (each.strip() for each in text.split(",")):
+        if name.partition(":")[0] in worlds.NAMES:
+            found.append((name, name))
+        elif name.endswith(".py") or ":" in name:
+            own = config.policy(name)
+            found.append((own.name, own))
+        else:
+            known = ", ".join((*worlds.NAMES, *config.OWN))
+            raise BadRequest(f"--policy has {known}, not {name!r}", field="policy")
+    if len({name for name, _ in found}) < len(found):
+        raise BadRequest(f"policy names {text!r}, one of them twice", field="policy")
     return found
 
 
-def seconds(amount: float) -> str:
-    """For people: three digits and a unit."""
-    if amount < 1.0:
-        return f"{1e3 * amount:.3g} ms"
-    return f"{amount:.3g} s" if amount < 1000 else f"{amount:,.0f} s"
+def lost(text: str) -> list[Loss]:
+    """What --losses says: who dies, and comes back."""
+    found = []
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        if (loss := LOSS.fullmatch(part)) is None:
+            raise BadRequest(f"--losses are like n3@60-120 or n5@90, not {part!r}", field="losses")
+        node, dies, returns = loss.groups()
+        found.append(Loss(float(dies), node, DIES))
+        if returns is not None:
+            found.append(Loss(float(returns), node, RETURNS))
+    return found
+
+
+def _objective(settings: config.Simulate) -> Objective | None:
+    if not settings.slo:
+        if settings.find_capacity:
+            raise BadRequest("--find-capacity needs an objective, such as --slo ttft=2,tpot=0.1", field="slo")
+        return None
+    if settings.find_capacity and not settings.rate:
+        raise BadRequest("--find-capacity scales the times of a file: give it a --rate to begin with", field="rate")
+    if settings.find_capacity and settings.seconds:
+        raise BadRequest("--find-capacity answers every request; --seconds would leave some out", field="seconds")
+    return objective(settings.slo, settings.slo_share)
+
+
+def _rate(settings: config.Simulate) -> str:
+    if settings.find_capacity:
+        return f" at the highest rate that keeps {settings.slo} for {settings.slo_share:.4g} of them"
+    return f" at {settings.rate:g} a second" if settings.rate else " at the times in it"
+
+
+def _writable(file: str) -> None:
+    """Say now, and not after hours, that a file cannot be written."""
+    try:
+        Path(file).open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise BadRequest(f"--report {file}: {error.strerror}", field="report") from None
+
+
+class Bench:
+    """What is the same for every policy."""
+
+    def __init__(self, settings: config.Simulate, size: Size, wanted: Objective | None):
+        self.settings, self.size, self.wanted, self.losses = settings, size, wanted, lost(settings.losses)
+        self.traffic = Traffic(settings.trace, settings.rate, settings.seed, settings.requests)
+        self.budget = Budget(
+            settings.max_num_batched_tokens, settings.max_num_seqs, settings.block_size, settings.move_tokens_per_step
+        )
+
+    def once(self, name: str, policy: str | Policy, progress: Progress) -> Row:
+        """The traffic as it is."""
+        began = time.perf_counter()
+        outcome = self._play(name, policy, self.traffic, progress, f"policy {name}")
+        return Row(name, outcome, time.perf_counter() - began)
+
+    def search(self, name: str, policy: str | Policy, progress: Progress) -> Row:
+        """The traffic at the highest rate at which it keeps the objective."""
+        began = time.perf_counter()
+        best: Outcome | None = None
+        tried: list[tuple[float, float, bool]] = []
+
+        def keeps(rate: float) -> bool:
+            nonlocal best
+            rate = float(f"{rate:.4g}")  # as it is told, so that it can be played again
+            traffic = replace(self.traffic, rate=rate)
+            outcome = self._play(name, policy, traffic, progress, f"policy {name} at {rate:.4g} a second")
+            assert outcome.judge is not None
+            good = outcome.whole and outcome.judge.good
+            tried.append((rate, outcome.judge.share, good))
+            if good:
+                best = outcome
+            return good
+
+        _, above = highest(keeps, self.traffic.rate)
+        return Row(name, best, time.perf_counter() - began, tuple(tried), above == math.inf)
+
+    def _play(self, name: str, policy: str | Policy, traffic: Traffic, progress: Progress, what: str) -> Outcome:
+        settings = self.settings
+        world = worlds.world(
+            policy,
+            settings.cluster,
+            self.size,
+            self.budget,
+            lend_fraction=settings.lend_fraction,
+            beat_seconds=settings.heartbeat_seconds,
+        )
+        if self.losses:
+            if not isinstance(world, Simulation):
+                raise BadRequest(f"policy {name} is simulated without losses", field="losses")
+            schedule(world, self.losses)
+        arriving = self._arriving(traffic) if settings.report or settings.find_capacity else 0.0
+        late = (1 + LATE) * arriving + LATER if settings.find_capacity else math.inf
+        return played(
+            name,
+            world,
+            traffic,
+            until=settings.seconds or late,
+            judge=None if self.wanted is None else Judge(self.wanted, traffic.count),
+            give_up=settings.find_capacity,
+            every=max(arriving / LOOKS, settings.heartbeat_seconds) if settings.report else 0.0,
+            say=lambda share: progress.say(what, share),
+        )
+
+    def _arriving(self, traffic: Traffic) -> float:
+        """Seconds in which the requests arrive, as far as that is known."""
+        if traffic.rate and not traffic.name.endswith((".csv", ".jsonl")):
+            return traffic.count / traffic.rate
+        return sum(last.at for last in deque(traffic.arrivals(), maxlen=1))
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One row a policy."""
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    found.add_column("policy", no_wrap=True, min_width=max(len(row.policy) for row in rows))
+    for head in heads(rows):
+        found.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(row.policy, *cells(row, rows))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from infinillm.servers.inference_pool import Pool
 from infinillm.servers.inference_service import INFERENCE, InferenceService
 from infinillm.servers.openai import Api, application
 from infinillm.servers.process import Told, ready, say
+from infinillm.servers.request_log import RequestLog
 from infinillm.telemetry import Metrics
 
 DRAIN_SECONDS = 20.0  # streams have this long to finish once the process is told to end
@@ -45,12 +47,13 @@ class Gateway:
 
     async def start(self) -> None:
         settings = self.settings
+        self.requests = RequestLog(settings.request_log, time.monotonic)
         listening = _listen(settings.host, settings.port)
         cache = files.cache_folder(settings.cache_dir)
         path = await asyncio.to_thread(files.resolve, settings.model or None, cache, say)
         tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         model = settings.served_model_name or files.served_name(settings.model or None)
-        self.inference = await asyncio.to_thread(Inference, tokenizer, self.pool, model, self.metrics)
+        self.inference = await asyncio.to_thread(Inference, tokenizer, self.pool, model, self.metrics, self.requests)
         api = Api(self.inference, self.metrics, max_body_bytes=settings.max_body_bytes)
         self.http = Http(
             uvicorn.Config(
@@ -99,6 +102,7 @@ class Gateway:
         await asyncio.gather(*left, return_exceptions=True)
         await self.pool.close()
         self.inference.close()
+        self.requests.close()
 
     async def hurry(self) -> None:
         """Wait for nobody any more: what is left is cancelled."""

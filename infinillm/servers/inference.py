@@ -29,6 +29,7 @@ from infinillm.model.tokenizer import Detokenizer, Tokenizer
 from infinillm.protos import shard_pb2, types_pb2
 from infinillm.servers.inference_pool import Place, Pool
 from infinillm.servers.inference_text import Transcript
+from infinillm.servers.request_log import RequestLog
 from infinillm.telemetry import Metrics, log
 
 SILENCE_SECONDS = 1800.0  # between two messages of a worker; prompts are computed, and queues waited in, silently
@@ -107,8 +108,8 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 class Inference:
     """Tokenises, routes, streams from the worker, detokenises."""
 
-    def __init__(self, tokenizer: Tokenizer, pool: Pool, model: str, metrics: Metrics):
-        self.tokenizer, self.pool, self.model, self.metrics = tokenizer, pool, model, metrics
+    def __init__(self, tokenizer: Tokenizer, pool: Pool, model: str, metrics: Metrics, requests: RequestLog):
+        self.tokenizer, self.pool, self.model, self.metrics, self.requests = tokenizer, pool, model, metrics, requests
         self._threads = ThreadPoolExecutor(TOKENISING_THREADS, "tokenise")
         self._longest_token = max(len(tokenizer.token_text(token)) for token in range(tokenizer.vocab_size))
 
@@ -205,21 +206,23 @@ class Inference:
             min_tokens=ask.sampling.min_tokens,
         )
         began = heard = time.monotonic()
-        async with aclosing(self._messages(ask)) as messages:
-            async for message in messages:
-                piece = _piece(ask, message, transcript)
-                if piece.tokens:
-                    now, count = time.monotonic(), len(piece.tokens)
-                    if transcript.tokens == count:
-                        self.metrics.observe("time_to_first_token_seconds", now - began)
-                    else:
-                        self.metrics.observe("inter_token_latency_seconds", (now - heard) / count)
-                    heard = now
-                if piece.finish_reason:
-                    self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - began)
-                yield piece
-                if piece.finish_reason:
-                    return
+        with self.requests.request(len(ask.prompt)) as entry:
+            async with aclosing(self._messages(ask)) as messages:
+                async for message in messages:
+                    piece = _piece(ask, message, transcript)
+                    if piece.tokens:
+                        now, count = time.monotonic(), len(piece.tokens)
+                        entry.output += count
+                        if transcript.tokens == count:
+                            self.metrics.observe("time_to_first_token_seconds", now - began)
+                        else:
+                            self.metrics.observe("inter_token_latency_seconds", (now - heard) / count)
+                        heard = now
+                    if piece.finish_reason:
+                        self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - began)
+                    yield piece
+                    if piece.finish_reason:
+                        return
 
     async def _messages(self, ask: Ask) -> AsyncGenerator[shard_pb2.ShardGenerateResponse, None]:
         """What the worker says. One that is lost is replaced by another, which goes on after the tokens there are."""

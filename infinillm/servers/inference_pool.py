@@ -25,6 +25,7 @@ MOST_CHOICES = 256  # of one request: prompts times n
 REQUEST_ID = re.compile("(cmpl|chatcmpl|grpc)-[0-9a-f]{32}")
 ASKED_AT_ONCE = 64
 SHOWN_CHARS = 80
+STAND_IN = "pooled"  # for a policy that only the controller has
 LOST = (Unavailable, DeadlineExceeded)
 
 
@@ -42,8 +43,8 @@ class Pool:
 
     Theory of operation. The controller decides where a request goes. A snapshot of the ledger is taken every second: it
     says how long a request may be, and whether the pool is ready. While no controller leads, and while one that has
-    just begun to does not know all workers yet, running requests go on, and new ones are routed by the same policy,
-    over the last snapshot of before.
+    just begun to does not know all workers yet, running requests go on, and new ones are routed by the same policy
+    (`STAND_IN` for one that only the controller has), over the last snapshot of before.
     """
 
     def __init__(self, controller: str, longest: int):
@@ -168,7 +169,7 @@ class Pool:
             nodes={node.id: wire.node_from_wire(node) for node in self.last.nodes},
             loans={loan.id: wire.loan_from_wire(loan, now) for loan in self.last.loans},
         )
-        chosen_by = policy.named(self.last.policy)
+        chosen_by = policy.POLICIES.get(self.last.policy, policy.POLICIES[STAND_IN])
         chosen = chosen_by.route(ledger, prompt_tokens, longest_tokens, size, exclude)
         if isinstance(chosen, Refused):
             if longest_tokens > chosen_by.capacity(ledger, size) > 0:
