@@ -29,6 +29,7 @@ from bench.machine import facts, say
 from infinillm import rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.recall import AT_ONCE
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget
 from infinillm.engine.loop import Engine, Submit
@@ -37,7 +38,6 @@ from infinillm.kernels import bodies
 from infinillm.model import files, weights
 from infinillm.model.decoder import Decoder
 from infinillm.pool.borrow import Lenders
-from infinillm.pool.lender import AT_ONCE
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 from infinillm.transport.lanes import Lanes

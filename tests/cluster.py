@@ -14,6 +14,7 @@ import torch
 from infinillm import rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.recall import AT_ONCE
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import AttentionShape, Node, NodeId
@@ -23,7 +24,6 @@ from infinillm.engine.runner import Runner
 from infinillm.model.decoder import Decoder
 from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
-from infinillm.pool.lender import AT_ONCE
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
 from infinillm.transport.lanes import Lanes

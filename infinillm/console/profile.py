@@ -29,6 +29,7 @@ from infinillm.attention.store import Store, build_table
 from infinillm.console.progress import Progress
 from infinillm.core.blocks import Blocks
 from infinillm.core.cost import Cost, Curve, fitted, to_plain
+from infinillm.core.recall import AT_ONCE
 from infinillm.core.request import Request, Sampling
 from infinillm.core.request import Sequence as Running
 from infinillm.core.types import Chunk, Grow, Part, Plan, Refused
@@ -40,7 +41,6 @@ from infinillm.model.decoder import Attend, Decoder
 from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.ask import PooledAttention
 from infinillm.pool.borrow import Lenders
-from infinillm.pool.lender import AT_ONCE
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics, start_log
 from infinillm.transport.lanes import Lanes

@@ -28,6 +28,16 @@ RECALLED, ROOM = "recalled", "room for what is recalled"
 MOST_DOUBLED = 6
 
 
+class Terms(NamedTuple):
+    """How to borrow: to `save` up, of each so many as it has; nothing of it is wanted back for `hold` seconds."""
+
+    save: bool
+    hold: float
+
+
+AT_ONCE = Terms(save=False, hold=0.0)
+
+
 class Starving(NamedTuple):
     """The request that waits alone at a node, and `since` when it has been refused memory."""
 

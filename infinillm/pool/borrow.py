@@ -21,9 +21,10 @@ from concurrent.futures import TimeoutError as TooLate
 
 from infinillm import rpc, wire
 from infinillm.core.layout import firsts, stretches
+from infinillm.core.recall import AT_ONCE, Terms
 from infinillm.core.types import Grow, LoanId, NodeId, Refused, SeqId, Stretch
 from infinillm.errors import InfinillmError, NodeLost, Unavailable
-from infinillm.pool.lender import AT_ONCE, RPC_SECONDS, Candidates, Lender, Terms, ask_to_lend, give_back
+from infinillm.pool.lender import RPC_SECONDS, Candidates, Lender, ask_to_lend, give_back
 from infinillm.pool.memory import Memory
 from infinillm.pool.talk import POOL, REOPEN_SECONDS, Conversation
 from infinillm.protos import pool_pb2 as pb

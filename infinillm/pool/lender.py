@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from infinillm import rpc
 from infinillm.core.types import LoanId, NodeId, Refused, SeqId
@@ -16,16 +16,6 @@ from infinillm.telemetry import log
 
 RPC_SECONDS = 5.0
 Candidates: TypeAlias = Sequence[tuple[NodeId, str, int]]  # who may lend, its address, and how many blocks
-
-
-class Terms(NamedTuple):
-    """How to borrow: to `save` up, of each so many as it has; nothing of it is wanted back for `hold` seconds."""
-
-    save: bool
-    hold: float
-
-
-AT_ONCE = Terms(save=False, hold=0.0)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from infinillm.core.names import Uses
 from infinillm.core.pace import IDLE_LOAN_SECONDS, RECALL_AFTER_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.policy.saving import TURN_SECONDS
-from infinillm.core.recall import NOBODY
+from infinillm.core.recall import AT_ONCE, NOBODY, Terms
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import DEVICE, HOST, Layout, Model, Node, NodeId, Refused, SeqId
@@ -36,7 +36,6 @@ from infinillm.model.spec import dtype_of, spec_of
 from infinillm.pool.answer import POOL, PoolService
 from infinillm.pool.borrow import Lenders
 from infinillm.pool.find import find, kept_or_released
-from infinillm.pool.lender import AT_ONCE, Terms
 from infinillm.pool.memory import Memory
 from infinillm.servers.membership import Membership, Report
 from infinillm.servers.process import Told, ready, say

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 from infinillm.core.pace import IDLE_LOAN_SECONDS
 from infinillm.core.policy.orders import Offers
 from infinillm.core.policy.saving import TURN_SECONDS
-from infinillm.core.recall import NOBODY
+from infinillm.core.recall import NOBODY, Terms
 from infinillm.core.scheduler import Shortage
 from infinillm.core.types import Loan, NodeId, Refused, SeqId
 from infinillm.sim.around import Around
-from infinillm.sim.lender import Terms
 
 if TYPE_CHECKING:
     from infinillm.sim.worker import Worker

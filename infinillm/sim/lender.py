@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 from infinillm.core.blocks import Blocks
 from infinillm.core.pace import REST_SECONDS
 from infinillm.core.policy.saving import KEPT_SECONDS
-from infinillm.core.recall import wanted_from
+from infinillm.core.recall import Terms, wanted_from
 from infinillm.core.types import Loan, LoanId, NodeId, Refused
 
 PATIENCE_SECONDS = 15.0  # what a worker's setting usually is
-
-
-class Terms(NamedTuple):
-    """How to borrow: to `save` up, of each so many as it has; nothing of it is wanted back for `hold` seconds."""
-
-    save: bool
-    hold: float
-
-
-AT_ONCE = Terms(save=False, hold=0.0)
 
 
 class Lender:

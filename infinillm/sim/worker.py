@@ -24,7 +24,7 @@ from infinillm.core.layout import grown, reserved, without
 from infinillm.core.names import Uses
 from infinillm.core.pace import MOST_ADMITTED
 from infinillm.core.policy.orders import MoveBlocks
-from infinillm.core.recall import beside
+from infinillm.core.recall import AT_ONCE, Terms, beside
 from infinillm.core.request import Request, Sequence, add
 from infinillm.core.scheduler import Budget, Here, Match, need, schedule
 from infinillm.core.types import Chunk, Grow, NodeId, SeqId, Span, Step
@@ -33,7 +33,7 @@ from infinillm.sim.around import Around
 from infinillm.sim.asking import wish
 from infinillm.sim.borrower import Account, Borrower
 from infinillm.sim.hardware import Site
-from infinillm.sim.lender import AT_ONCE, Lender, Terms
+from infinillm.sim.lender import Lender
 from infinillm.sim.moves import Moves
 from infinillm.sim.names import Names
 from infinillm.sim.steps import Going, Length

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from infinillm.core.recall import Terms
 from infinillm.core.types import Refused
-from infinillm.pool.lender import Terms
 from tests import tiny
 from tests.cluster import Cluster
 from tests.pool.test_placement import decoder

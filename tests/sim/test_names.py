@@ -9,7 +9,7 @@ import pytest
 
 from infinillm.core.names import prefix_hashes
 from infinillm.core.policy import POLICIES
-from infinillm.sim.lender import AT_ONCE
+from infinillm.core.recall import AT_ONCE
 from infinillm.sim.names import Sessions
 from infinillm.sim.simulation import Ending, Simulation
 from tests.sim.test_simulation import BLOCK, simulation
