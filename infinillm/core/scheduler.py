@@ -59,7 +59,7 @@ class Match:
 NO_MATCH = Match()
 ROOM_AFTER_PREEMPTION = 32  # blocks, doubled before it is used
 ROOM_OUTGROWN = 4  # blocks
-MOST_AHEAD = 64  # blocks asked for beyond what lacks now
+MOST_AHEAD, FEW_AHEAD = 64, 4  # blocks asked for beyond what lacks now: for what outgrows home, and for all else
 
 
 def need(sequence: Sequence, block_size: int, ahead: int, match: Match = NO_MATCH) -> int:
@@ -109,7 +109,8 @@ def shortage(
     outgrown = [(blocks, s.preemptions) for s in lacking if (blocks := -(-s.request.longest // block_size)) > own]
     beyond = max(outgrown)[0] - own - more if outgrown else None
     hold = undisturbed(max((times for _, times in outgrown), default=0))
-    return Shortage(step.short, step.short + min(coming, MOST_AHEAD), beyond, hold)
+    ahead = MOST_AHEAD if outgrown else FEW_AHEAD  # others that are idle now may be as busy in a moment
+    return Shortage(step.short, step.short + min(coming, ahead), beyond, hold)
 
 
 def schedule(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from infinillm.core.layout import grown, reserved, uncovered
 from infinillm.core.pace import RECALL_AFTER_SECONDS
 from infinillm.core.request import Request, Sampling, Sequence
-from infinillm.core.scheduler import Budget, Here, Match, schedule, shortage
+from infinillm.core.scheduler import FEW_AHEAD, Budget, Here, Match, schedule, shortage
 from infinillm.core.types import Chunk, Grow, Span, Stretch
 
 SIZE = 4
@@ -175,3 +175,13 @@ def test_what_outgrows_home_and_gave_way_is_to_be_left_alone_twice_as_long_each_
     assert [hold(times) / hold(times - 1) for times in (2, 3)] == [2.0, 2.0]
     assert hold(1) > RECALL_AFTER_SECONDS
     assert hold(1000) < float("inf")
+
+
+def test_little_is_borrowed_ahead_for_what_home_could_hold():
+    crowd = [sequence(str(n), 24, max_tokens=40) for n in range(9)]
+    step = decide(wait=crowd, room={"home": 1}, own=20)
+    assert step.short == 5
+    assert shortage(step, [], crowd, SIZE, 20, 0).wanted == 5 + FEW_AHEAD
+    assert shortage(step, [], crowd, SIZE, 15, 0).wanted == 5 + 10, (
+        "all that it may come to need, where it outgrows home"
+    )
