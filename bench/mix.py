@@ -28,7 +28,6 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -302,20 +301,7 @@ def main() -> None:
     cache = Path.home() / ".cache" / "infinillm"
     folder = files.resolve(args.model, cache, lambda what, share: say(f"{what} {share:.0%}"))
     if args.profile is None and "proactive" in args.policies:
-        args.profile = CACHE / "mix-profile.json"
-        CACHE.mkdir(exist_ok=True)
-        argv = [
-            sys.executable,
-            "-m",
-            "infinillm",
-            "profile",
-            str(folder),
-            "--dtype",
-            "float32",
-            "--out",
-            str(args.profile),
-        ]
-        subprocess.run(argv, check=True)
+        args.profile = systems.profile(folder, CACHE / "mix-profile.json")
     found = asyncio.run(compare(args, folder, mix))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -225,10 +224,7 @@ def main() -> None:
     cache = Path.home() / ".cache" / "infinillm"
     folder = files.resolve(None, cache, lambda what, share: say(f"{what} {share:.0%}"))
     if args.profile is None:
-        args.profile = CACHE / "reality-profile.json"
-        CACHE.mkdir(exist_ok=True)
-        words = ["profile", str(folder), "--dtype", "float32", "--out", str(args.profile)]
-        subprocess.run([sys.executable, "-m", "infinillm", *words], check=True)
+        args.profile = systems.profile(folder, CACHE / "reality-profile.json")
     found = asyncio.run(compare(args, folder))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")

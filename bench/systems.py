@@ -179,6 +179,14 @@ class Ours(Http):
         return total
 
 
+def profile(folder: Path, file: Path) -> Path:
+    """What `infinillm profile` measures on this machine, written to a file."""
+    file.parent.mkdir(exist_ok=True)
+    words = ["profile", str(folder), "--dtype", "float32", "--out", str(file)]
+    subprocess.run([sys.executable, "-m", "infinillm", *words], check=True)
+    return file
+
+
 def ours(name: str, folder: Path, dtype: str, *, workers: int, threads: int, kv_blocks: int) -> Ours:
     argv = [sys.executable, "-m", "infinillm", "serve", str(folder), "--port", "0", "--dtype", dtype]
     argv += ["--workers", str(workers), "--threads", str(threads), "--kv-blocks", str(kv_blocks)]

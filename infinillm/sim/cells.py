@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 from infinillm.core.cells import Load, choose, split
 from infinillm.core.planners import Planner
 from infinillm.core.types import Ledger
-from infinillm.errors import BadRequest
 from infinillm.sim import striping
 from infinillm.sim.groups import Groups
 from infinillm.sim.hardware import Cluster
@@ -27,7 +25,6 @@ class Cells:
         parts = split(len(sites), sum(site.server == sites[0].server for site in sites), planner.cell)
         places = [replace(cluster, sites=tuple(sites[at] for at in part)) for part in parts]
         self.cells = [Groups(each, striping.times(each), planner, block_size, self.clock) for each in places]
-        self.arriving: Arrival | None = None
 
     @property
     def now(self) -> float:
@@ -46,34 +43,26 @@ class Cells:
 
     def play(self, arrivals: Iterator[Arrival], then: Then) -> None:
         """Ask for what arrives, when it does; only the next arrival is known at any time."""
-        self.arriving = next(arrivals, None)
-        if self.arriving is not None:
-            self.clock.at(self.arriving.at, partial(self._arrive, self.arriving, arrivals, then))
-
-    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], then: Then) -> None:
-        self.ask(arrival.prompt, arrival.output, then)
-        self.play(arrivals, then)
+        self.clock.play(arrivals, lambda each: self.ask(each.prompt, each.output, then))
 
     @property
     def busy(self) -> bool:
         """Whether anything is still to arrive or to be answered."""
-        return self.arriving is not None or any(cell.busy for cell in self.cells)
+        return self.clock.arriving is not None or any(cell.busy for cell in self.cells)
 
     def run(self, until: float) -> None:
         """Let time pass until then."""
-        while self.clock.step(until):
-            pass
-        self.clock.now = until
+        self.clock.run(until)
 
     def watch(self, every: float, look: Callable[[float, Ledger], None]) -> None:
         """Have somebody look at the time and a ledger every so many seconds from now on."""
-        if not every > 0:
-            raise BadRequest(f"every must be seconds above 0, not {every!r}", field="every")
+        self.clock.watch(every, lambda: look(self.now, self.ledger()))
+
+    def ledger(self) -> Ledger:
+        """What people may look at."""
         seen = [cell.ledger() for cell in self.cells]
         nodes = {name: node for each in seen for name, node in each.nodes.items()}
-        loans = {name: loan for each in seen for name, loan in each.loans.items()}
-        look(self.now, Ledger(1, nodes, loans))
-        self.clock.at(self.now + every, partial(self.watch, every, look))
+        return Ledger(1, nodes, {name: loan for each in seen for name, loan in each.loans.items()})
 
     def totals(self) -> Totals:
         return Totals(*map(sum, zip(*(cell.totals() for cell in self.cells), strict=True)))

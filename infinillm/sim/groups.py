@@ -27,7 +27,7 @@ from infinillm.core.elastic.times import Times
 from infinillm.core.elastic.values import Batch, Decode, Instance, Migration, Plan, Prefill, Running, State, Waiting
 from infinillm.core.planners import Planner
 from infinillm.core.types import Ledger, NodeId, SeqId
-from infinillm.errors import BadRequest, Broken
+from infinillm.errors import Broken
 from infinillm.sim import parties as books
 from infinillm.sim import striping
 from infinillm.sim.hardware import Cluster
@@ -53,7 +53,6 @@ class Groups:
         self.prefills: list[Prefill] = []
         self.parties: list[Party] = []
         self.leaving: set[SeqId] = set()  # whose last step is still in hand
-        self.arriving: Arrival | None = None
         self.due, self.armed = inf, False  # when the planner is asked though nothing ended
         self.asked = self.preemptions = self.moved = self.steps = self.rows = 0
         self.decoded, self.decodes = 0.0, 0  # seconds of those that ended, and how many
@@ -86,31 +85,20 @@ class Groups:
 
     def play(self, arrivals: Iterator[Arrival], then: Then) -> None:
         """Ask for what arrives, when it does; only the next arrival is known at any time."""
-        self.arriving = next(arrivals, None)
-        if self.arriving is not None:
-            self.at(self.arriving.at, partial(self._arrive, self.arriving, arrivals, then))
-
-    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], then: Then) -> None:
-        self.ask(arrival.prompt, arrival.output, then)
-        self.play(arrivals, then)
+        self.clock.play(arrivals, lambda each: self.ask(each.prompt, each.output, then))
 
     @property
     def busy(self) -> bool:
         """Whether anything is still to arrive or to be answered."""
-        return self.arriving is not None or bool(self.requests)
+        return self.clock.arriving is not None or bool(self.requests)
 
     def run(self, until: float) -> None:
         """Let time pass until then."""
-        while self.clock.step(until):
-            pass
-        self.clock.now = until
+        self.clock.run(until)
 
     def watch(self, every: float, look: Callable[[float, Ledger], None]) -> None:
         """Have somebody look at the time and a ledger every so many seconds from now on."""
-        if not every > 0:
-            raise BadRequest(f"every must be seconds above 0, not {every!r}", field="every")
-        look(self.now, self.ledger())
-        self.at(self.now + every, partial(self.watch, every, look))
+        self.clock.watch(every, lambda: look(self.now, self.ledger()))
 
     def ledger(self) -> Ledger:
         """What people may look at."""

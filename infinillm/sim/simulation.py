@@ -49,6 +49,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now, self.count, self._heap = 0.0, 0, list[tuple[float, int, Callable[[], None]]]()
+        self.arriving: Arrival | None = None  # next
 
     def at(self, when: float, do: Callable[[], None]) -> None:
         self.count += 1
@@ -61,6 +62,29 @@ class Clock:
         self.now, _, do = heapq.heappop(self._heap)
         do()
         return True
+
+    def run(self, until: float) -> None:
+        """Let time pass until then."""
+        while self.step(until):
+            pass
+        self.now = until
+
+    def play(self, arrivals: Iterator[Arrival], ask: Callable[[Arrival], None]) -> None:
+        """Have `ask` hear of what arrives, when it does; only the next arrival is known at any time."""
+        self.arriving = next(arrivals, None)
+        if self.arriving is not None:
+            self.at(self.arriving.at, partial(self._arrive, self.arriving, arrivals, ask))
+
+    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], ask: Callable[[Arrival], None]) -> None:
+        ask(arrival)
+        self.play(arrivals, ask)
+
+    def watch(self, every: float, look: Callable[[], None]) -> None:
+        """Have somebody look every so many seconds from now on. Raises BadRequest."""
+        if not every > 0:
+            raise BadRequest(f"every must be seconds above 0, not {every!r}", field="every")
+        look()
+        self.at(self.now + every, partial(self.watch, every, look))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +153,6 @@ class Simulation:
         self.awake: dict[NodeId, None] = {}  # who has something to tell
         self.died: dict[NodeId, float] = {}  # and when
         self.past: list[Worker] = []  # that died, and whose nodes came back
-        self.arriving: Arrival | None = None
         self.asked = self.beats = 0
         self.at(beat_seconds, self._beat)
 
@@ -186,33 +209,22 @@ class Simulation:
 
     def play(self, arrivals: Iterator[Arrival], then: Then) -> None:
         """Ask for what arrives, when it does; only the next arrival is known at any time."""
-        self.arriving = next(arrivals, None)
-        if self.arriving is not None:
-            self.at(self.arriving.at, partial(self._arrive, self.arriving, arrivals, then))
-
-    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], then: Then) -> None:
-        self.ask(arrival.prompt, arrival.output, then, arrival.session, arrival.shared)
-        self.play(arrivals, then)
+        self.clock.play(arrivals, lambda each: self.ask(each.prompt, each.output, then, each.session, each.shared))
 
     @property
     def busy(self) -> bool:
         """Whether anything is still to arrive or to be answered."""
-        return self.arriving is not None or bool(self.running)
+        return self.clock.arriving is not None or bool(self.running)
 
     def run(self, until: float) -> None:
         """Let time pass until then."""
-        while self.clock.step(until):
-            pass
-        self.clock.now = until
+        self.clock.run(until)
         for worker in self.workers.values():
             worker.settle()
 
     def watch(self, every: float, look: Callable[[float, Ledger], None]) -> None:
         """Have somebody look at the time and the ledger every so many seconds from now on."""
-        if not every > 0:
-            raise BadRequest(f"every must be seconds above 0, not {every!r}", field="every")
-        look(self.now, self.ledger)
-        self.at(self.now + every, partial(self.watch, every, look))
+        self.clock.watch(every, lambda: look(self.now, self.ledger))
 
     def totals(self) -> Totals:
         workers = [*self.workers.values(), *self.past]
