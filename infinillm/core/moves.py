@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from infinillm.core.layout import stretches
+from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.request import Interval, Sequence
 from infinillm.core.types import Layout, Move, NodeId, SeqId, Span, Stretch
 
@@ -72,6 +73,16 @@ def choose(
         if rest < stop:
             waiting.append(Wish(wish.move._replace(first=rest, blocks=(stop - rest) // block_size), wish.reason))
     return Chosen(tuple(moves), tuple(waiting), tuple(refused))
+
+
+def ordered(wishes: tuple[Wish, ...], said: MoveBlocks, sequence: Sequence | None, block_size: int) -> tuple[Wish, ...]:
+    """The wishes with an order: of the first blocks that could move now. It takes the place of one like it."""
+    like = (said.seq, said.source, said.target)
+    found = (
+        Wish(Move(said.seq, said.source, said.target, each.first, each.blocks), said.reason)
+        for each in pick(sequence, said.source, said.blocks, block_size)
+    )
+    return (*(wish for wish in wishes if wish.move[:3] != like), *found)
 
 
 def pick(sequence: Sequence | None, source: NodeId, blocks: int, block_size: int) -> list[Stretch]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from infinillm.core.blocks import OWN
 from infinillm.core.layout import moved
-from infinillm.core.moves import Wish, choose, pick
+from infinillm.core.moves import Wish, choose, ordered
 from infinillm.core.pace import GRACE_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.recall import beside, repay
@@ -57,11 +57,8 @@ class Moves:
         self.wishes = (*self.wishes, Wish(move, reason))
 
     def hear(self, said: MoveBlocks, sequence: Running | None) -> None:
-        """Choose which blocks: the first that could move now. An order takes the place of an earlier one like it."""
-        like = (said.seq, said.source, said.target)
-        self.wishes = tuple(wish for wish in self.wishes if wish.move[:3] != like)
-        for stretch in pick(sequence, said.source, said.blocks, self.memory.blocks.block_size):
-            self.wish(Move(said.seq, said.source, said.target, stretch.first, stretch.blocks), said.reason)
+        """Take an order as wishes."""
+        self.wishes = ordered(self.wishes, said, sequence, self.memory.blocks.block_size)
 
     def bring(self, sequence: Running, span: Span) -> None:
         """Wish home what another node keeps for a sequence; it stays in the cache there."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 
 from infinillm.core.blocks import OWN, Blocks
 from infinillm.core.layout import moved
-from infinillm.core.moves import Wish, choose, pick
+from infinillm.core.moves import Wish, choose, ordered
 from infinillm.core.pace import GRACE_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.recall import repay
@@ -39,12 +39,8 @@ class Moves:
         return bool(self.wishes or self.now or self._since)
 
     def hear(self, said: MoveBlocks, sequence: Sequence | None) -> None:
-        """Choose which blocks: the first that could move now. An order takes the place of an earlier one like it."""
-        like = (said.seq, said.source, said.target)
-        self.wishes = tuple(wish for wish in self.wishes if wish.move[:3] != like)
-        for stretch in pick(sequence, said.source, said.blocks, self.size):
-            move = Move(said.seq, said.source, said.target, stretch.first, stretch.blocks)
-            self.wishes = (*self.wishes, Wish(move, said.reason))
+        """Take an order as wishes."""
+        self.wishes = ordered(self.wishes, said, sequence, self.size)
 
     def bring(self, seq: SeqId, layout: Layout) -> None:
         """Wish home what other nodes keep for a sequence; it stays in the caches there."""
