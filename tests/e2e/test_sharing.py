@@ -16,7 +16,7 @@ from tests.e2e.conftest import BLOCK, BLOCKS, truth
 from tests.e2e.processes import Cluster, until
 from tests.e2e.test_owners import computed
 
-LONG, COUNT = (BLOCKS + 8) * BLOCK + 2, 60  # tokens: more than one worker holds; another has room for the rest
+LONG, COUNT = (BLOCKS + 4) * BLOCK + 2, 130  # tokens: more than one worker holds, and steps for many heartbeats
 
 
 def node(pool: Cluster, name: str) -> Any:
