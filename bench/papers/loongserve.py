@@ -19,6 +19,7 @@ ROWS = 1024  # requests at once, as in the artifact's scripts
 LEND, BEAT = 0.9, 0.5
 SECONDS, MOST = 150, 20_000  # of arrivals in a run, and requests: the runs of the artifact are 1,000 s
 LEAST, QUICK = 200, 60  # requests
+BUDGET = Budget(worlds.CHUNK, ROWS, BLOCK, MOVES)
 Say = Callable[[str], None]
 
 
@@ -50,7 +51,6 @@ SYSTEMS = {  # policy, cluster
 def rates(quick: bool, say: Say) -> Iterator[Row]:
     """The largest rate of each system whose mean latency a token keeps the limit; none where a policy is missing."""
     size = read_size("LWM-7B", BLOCK, DTYPE)
-    budget = Budget(worlds.CHUNK, ROWS, BLOCK, MOVES)
     for each in SETS[: 1 if quick else None]:
         for system, paper in each.rates.items():
             policy, place = SYSTEMS[system]
@@ -62,7 +62,7 @@ def rates(quick: bool, say: Say) -> Iterator[Row]:
                 rate: float, name: str = name, place: str = place, each: Set = each, system: str = system
             ) -> float:
                 say(f"{each.name}, {system} at {rate:.3g} a second")
-                return 1e3 * per_token(name, place, size, budget, each.trace, rate, quick)
+                return 1e3 * per_token(name, place, size, BUDGET, each.trace, rate, quick)
 
             found = highest(latency, each.limit, paper)
             if found < float("inf"):
@@ -70,14 +70,14 @@ def rates(quick: bool, say: Say) -> Iterator[Row]:
 
 
 def per_token(policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, quick: bool) -> float:
-    """Mean seconds a token, of prompt and output, in a run of the artifact's length."""
+    """Mean seconds a token, of prompt and output; infinite where some are refused."""
     world = worlds.world(policy, place, size, budget, lend_fraction=LEND, beat_seconds=BEAT)
     tally = Tally()
     count = QUICK if quick else min(max(round(rate * SECONDS), LEAST), MOST)
     world.play(workload(trace, rate=rate, seed=SEED, count=count), tally.add)
     while world.busy and world.clock.step(float("inf")):
         pass
-    return tally.per_token.mean if tally.served else float("inf")
+    return tally.per_token.mean if tally.served and not tally.refused else float("inf")
 
 
 def speed_ups(rows: list[Row]) -> Iterator[Row]:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from infinillm.core.cost import Cost
 from infinillm.core.types import Ledger
+from infinillm.sim.cells import Cells
+from infinillm.sim.groups import Groups
 from infinillm.sim.hardware import Cluster
 from infinillm.sim.statistics import Tally
 from infinillm.sim.traffic import Arrival, workload
@@ -56,8 +58,8 @@ class _Watched:
         if not ending.refused:
             self.ended += ending.prompt + ending.output
 
-    def look(self, now: float, ledger: Ledger) -> None:
-        self.seen.append((now, self.ended + sum(_computed(each, now) for each in self.world.workers.values())))
+    def look(self, now: float, _: Ledger | None = None) -> None:
+        self.seen.append((now, self.ended + computed(self.world)))
 
     def when(self, tokens: float) -> float:
         """The moment by which so many were computed, straight between looks."""
@@ -67,8 +69,18 @@ class _Watched:
         return a + (b - a) * (tokens - low) / (high - low) if high > low else b
 
 
+def computed(world: Any) -> float:
+    """Tokens that are computed of what runs; of a prefill on a group none before its end."""
+    match world:
+        case Cells(cells=cells):
+            return sum(map(computed, cells))
+        case Groups(requests=requests):
+            return sum(each.tokens for each in requests.values() if each.produced)
+    return sum(_computed(each, world.now) for each in world.workers.values())
+
+
 def _computed(worker: Any, now: float) -> float:
-    """Tokens of what runs that are computed, and the share of the step in hand that is over."""
+    """Of one worker; of the step in hand the share that is over."""
     done = sum(stop - start for each in worker.running for start, stop in each.done)
     if (going := worker.going) is None or going.decodes:
         return float(done)
@@ -85,7 +97,7 @@ def throughput(make: Make, arrivals: list[Arrival], rate: float, seconds: float)
     world.play(iter(arrivals), partial(watched.hear, tally))
     while world.busy and watched.seen[-1][1] <= LAST * offered:
         world.clock.step(float("inf"))
-    watched.look(world.now, world.ledger)
+    watched.look(world.now)
     total = watched.seen[-1][1] / LAST if world.busy else watched.ended
     begin, end = watched.when(FIRST * total), watched.when(LAST * total)
     totals = world.totals()

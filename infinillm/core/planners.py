@@ -19,21 +19,25 @@ CELL = 32  # instances
 class Planner:
     """
     plan      what every instance does next; it is told of those that are not in a prefill
+    steps     of decode, after which it is asked anew while requests wait
     longest   tokens of the longest request, prompt and output, that all these instances can serve
     cell      instances of a large cluster that it plans at once, so that it decides within some 10 ms
     """
 
     name: str
     plan: Callable[[State, Times], Plan]
+    steps: int
     longest: Callable[[Sequence[Instance], Times], int]
     cell: int
 
 
-ELASTIC = Planner("elastic", elastic.plan, elastic.longest, CELL)
-AUTO = Planner("auto", auto.plan, elastic.longest, CELL // 4)
+ELASTIC = Planner("elastic", elastic.plan, elastic.STEPS, elastic.longest, CELL)
+AUTO = Planner("auto", auto.plan, auto.STEPS, elastic.longest, CELL // 4)
 
 
 def disaggregating(prefilling: Iterable[NodeId]) -> Planner:
     """Prefill on these instances, and decode on all others."""
     names = frozenset(prefilling)
-    return Planner("disaggregated", partial(disaggregated.plan, names), partial(disaggregated.longest, names), CELL)
+    return Planner(
+        "disaggregated", partial(disaggregated.plan, names), elastic.STEPS, partial(disaggregated.longest, names), CELL
+    )

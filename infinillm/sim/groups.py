@@ -2,7 +2,7 @@
 
 Theory of operation. The planner is told of all instances that are not in a prefill, what they hold and who waits, and
 its plan (core/elastic/values.py) is carried out here. It is asked as soon as a prefill or a batch ends or slots run
-out, where a request comes while somebody is idle, and after `STEPS` steps of decode while requests wait. Asking takes
+out, where a request comes while somebody is idle, and after some steps of decode while requests wait. Asking takes
 no time, and nobody stops for it: the books are brought to where every batch is at the end of its step in hand, and what
 a plan begins on a group begins when the last of its instances is there (`ready`). What ends with such a step is told
 at that moment.
@@ -20,11 +20,20 @@ from functools import partial
 from itertools import islice
 from math import inf
 
-from infinillm.core.auto import QUICK, Lately, alone
 from infinillm.core.cost import Cost
-from infinillm.core.elastic.plan import STEPS
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Batch, Decode, Instance, Migration, Plan, Prefill, Running, State, Waiting
+from infinillm.core.elastic.values import (
+    Batch,
+    Decode,
+    Instance,
+    Kept,
+    Migration,
+    Plan,
+    Prefill,
+    Running,
+    State,
+    Waiting,
+)
 from infinillm.core.planners import Planner
 from infinillm.core.types import Ledger, NodeId, SeqId
 from infinillm.errors import Broken
@@ -56,7 +65,6 @@ class Groups:
         self.due, self.armed = inf, False  # when the planner is asked though nothing ended
         self.asked = self.preemptions = self.moved = self.steps = self.rows = 0
         self.decoded, self.decodes = 0.0, 0  # seconds of those that ended, and how many
-        self.lately = Lately(0.0, 0.0)
         self.backlog, self.wanted = 0.0, 0  # seconds of the prompts that wait, each on all instances, and their slots
 
     # --- from outside --------------------------------------------------------------------------------------------
@@ -74,8 +82,6 @@ class Groups:
             then(Ending(self.now, self.now, self.now, prompt, 0, refused=why))
             return
         request = Asked(f"s{self.asked}", self.now, prompt, output, then)
-        if alone(prompt, self.times) <= QUICK[0]:
-            self.lately = self.lately.come(self.now, prompt + output)
         self.requests[request.id] = request
         self._queue(request, 1)
         if len(self.waiting) == 1 and self._idle():
@@ -116,9 +122,9 @@ class Groups:
 
     def _plan(self) -> None:
         """Have the planner decide anew, until nobody it was told of lies still."""
-        for party in self.parties:
-            self._rest(party)
         while True:
+            for party in self.parties:
+                self._rest(party)
             still = self._still()
             self._carry_out(self.planner.plan(self._state(still), self.times), still)
             still = self._still()
@@ -127,7 +133,7 @@ class Groups:
         if self.waiting and not (self.prefills or self.parties):
             raise Broken(f"policy {self.planner.name} begins nothing on an idle cluster")
         going = [party for party in self.parties if party.times]
-        self.due = min((party.began + party.seconds(STEPS) for party in going), default=inf)
+        self.due = min((party.began + party.seconds(self.planner.steps) for party in going), default=inf)
         self._remind()
 
     def _remind(self) -> None:
@@ -164,12 +170,13 @@ class Groups:
             tuple(Waiting(each.id, each.tokens, each.arrived, each.left) for each in told),
             tuple(Batch(tuple(map(self._running, requests))) for requests in batches if requests),
             self.decoded / max(self.decodes, 1),
-            self.lately.by(self.now),
             min((self.places[name].ready for each in self.prefills for name in each.group), default=inf) - self.now,
+            self.now,
         )
 
     def _running(self, each: Asked) -> Running:
-        return Running(each.id, each.arrived, each.held, each.produced, each.left, self.now - each.decoding)
+        seconds = max(self.now - each.decoding, 0.0)
+        return Running(each.id, each.arrived, each.held, each.produced, each.left, seconds)
 
     def _instances(self, names: Iterable[NodeId]) -> tuple[Instance, ...]:
         places = [self.places[name] for name in names]
@@ -209,13 +216,8 @@ class Groups:
             self.moved += tokens
 
     def _prefill(self, prefill: Prefill) -> None:
-        requests = [self.waiting[seq] for seq in prefill.requests]
-        for request in requests:
-            self._queue(request, -1)
-        away = 0
-        for name, seq, start, stop in prefill.kept:
-            self._hold(self.requests[seq], name, stop - start)
-            away += 0 if name in prefill.group else stop - start
+        requests = self._take(prefill.requests, prefill.kept)
+        away = sum(each.stop - each.start for each in prefill.kept if each.instance not in prefill.group)
         cost = self._cost((*prefill.group, *(each.instance for each in prefill.kept)))
         seconds = striping.prefill(cost, [each.tokens for each in requests], len(prefill.group))
         over = self._ready(prefill.group) + max(seconds, cost.move(away) if away else 0.0)
@@ -224,22 +226,28 @@ class Groups:
         self.prefills.append(prefill)
         self.at(over, partial(self._prefilled, prefill))
 
+    def _take(self, names: Iterable[SeqId], kept: Iterable[Kept]) -> list[Asked]:
+        """Requests that wait are to be prefilled, and to lie so."""
+        requests = [self.waiting[seq] for seq in names]
+        for request in requests:
+            self._queue(request, -1)
+        for name, seq, start, stop in kept:
+            self._hold(self.requests[seq], name, stop - start)
+        return requests
+
     def _prefilled(self, prefill: Prefill) -> None:
         self.prefills.remove(prefill)
-        party = Party([self.requests[seq] for seq in prefill.requests])
+        party = Party([], prompts=[self.requests[seq] for seq in prefill.requests])
         self.steps += 1
-        self.rows += len(party.requests)
-        for request in party.requests:
-            request.produced += 1
-            request.first = request.first or self.now
-            request.decoding = request.decoding or self.now
+        self._join(party, self.now)
         self._leave(party, self.now)
         self.parties.append(party)
         self._plan()
 
     def _decode(self, decode: Decode) -> Party:
         masters = {each.instance: [self.requests[seq] for seq in each.requests] for each in decode.masters}
-        party = Party([self.requests[seq] for seq in decode.requests], decode.group, masters)
+        prompts = self._take(decode.prompts, decode.kept)
+        party = Party([self.requests[seq] for seq in decode.requests], decode.group, masters, prompts)
         self._go_on(party, self._ready(decode.group))
         return party
 
@@ -249,23 +257,27 @@ class Groups:
         if party.times < 1:
             raise Broken(f"{party.group} has no slots for the next tokens of its {len(party.requests)} requests")
         shares, cost, further = party.shares(), self._cost(party.group), party.times - 1
-        party.began, party.first = now, striping.step(cost, shares)
+        lengths = [each.tokens for each in party.prompts]
+        party.began = now
+        party.first = striping.beside(cost, shares, lengths) if lengths else striping.step(cost, shares)
         party.more = max((striping.step(cost, shares, further) - party.first) / further, 0.0) if further else 0.0
         self.at(now + party.seconds(party.times), partial(self._end, party))
 
     def _alike(self, party: Party) -> int:
-        """Steps until a request ends or a master has no slots left."""
+        """Steps until a request ends or a master has no slots left; one where prompts are computed."""
         rooms = [self.places[name].free // len(requests) for name, requests in party.masters.items()]
-        return min(*rooms, *(request.left for request in party.requests))
+        alike = min(*rooms, *(request.left for request in party.requests))
+        return min(alike, 1) if party.prompts else alike
 
     # --- what ends -----------------------------------------------------------------------------------------------
 
     def _end(self, party: Party) -> None:
         if not party.times:
             return  # it was planned anew
+        joined = bool(party.prompts)
         self._count(party, party.times, self.now)
         fits = all(self.places[name].free >= len(requests) for name, requests in party.masters.items())
-        if party.requests and fits and not (self.waiting and self.now >= self.due):
+        if party.requests and fits and not joined and not (self.waiting and self.now >= self.due):
             self._go_on(party, self.now)
         else:
             self._plan()
@@ -288,7 +300,19 @@ class Groups:
             for request in requests if times else ():
                 self._hold(request, name, times)
                 request.produced += times
+        if times:
+            self._join(party, over)
         self._leave(party, over)
+
+    def _join(self, party: Party, over: float) -> None:
+        """Prompts are computed: their requests belong to the batch."""
+        self.rows += len(party.prompts)
+        for request in party.prompts:
+            request.produced += 1
+            request.first = request.first or over
+            request.decoding = request.decoding or over
+        party.requests += party.prompts
+        party.prompts = []
 
     def _leave(self, party: Party, over: float) -> None:
         for request in party.leave():
@@ -341,6 +365,7 @@ class Groups:
         """Raise Broken where a slot is lost or used twice, or a request is nowhere or in two places."""
         running = [request for party in self.parties for request in party.requests]
         filling = [self.requests[seq] for each in self.prefills for seq in each.requests]
+        filling += [request for party in self.parties for request in party.prompts]
         everywhere = [*self.waiting, *self.leaving, *(each.id for each in (*running, *filling))]
         if sorted(everywhere) != sorted(self.requests):
             raise Broken(f"requests {sorted(self.requests)} are at {sorted(everywhere)}")

@@ -55,12 +55,14 @@ class Asked:
 class Party:
     """A batch that decodes, or lies still where it has no steps in hand.
 
-    Its `times` steps from `began` on are alike: the first takes `first` seconds, each next one `more`.
+    Its `times` steps from `began` on are alike: the first takes `first` seconds, each next one `more`. Beside a step
+    that computes `prompts` there is no other: then they belong to the batch.
     """
 
     requests: list[Asked]
     group: tuple[NodeId, ...] = ()
     masters: dict[NodeId, list[Asked]] = field(default_factory=dict)
+    prompts: list[Asked] = field(default_factory=list)
     began: float = 0.0
     times: int = 0
     first: float = 0.0
@@ -70,13 +72,17 @@ class Party:
         return times * self.first + self.more * times * (times - 1) / 2
 
     def begun(self, now: float) -> int:
-        """Steps that have begun before now."""
-        return min(bisect_left(range(self.times + 1), now - self.began, key=self.seconds), self.times)
+        """Steps that have begun before now; prompts are computed once that is planned."""
+        return (
+            1
+            if self.prompts
+            else min(bisect_left(range(self.times + 1), now - self.began, key=self.seconds), self.times)
+        )
 
     @property
     def holders(self) -> set[NodeId]:
         """Who has K/V of it."""
-        return {name for request in self.requests for name in request.held}
+        return {name for request in (*self.requests, *self.prompts) for name in request.held}
 
     def leave(self) -> list[Asked]:
         """Let go of those that have all their tokens, and name them."""

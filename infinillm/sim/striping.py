@@ -50,10 +50,10 @@ def prefill(cost: Cost, lengths: Iterable[int], degree: int) -> float:
     alone = sum(cost.prefill(each) - fixed for each in known)
     rounds = degree - 1
     if not rounds:
-        return fixed + alone
+        return max(fixed + alone, cost.dense(0))
     start = cost.question(0) + cost.attention(0) + cost.merging(1)
     sending = cost.move(sum(known) * rounds / degree) - cost.move(0)
-    return fixed + alone / degree + rounds * start + sending
+    return max(fixed + alone / degree, cost.dense(0)) + rounds * start + sending
 
 
 def step(cost: Cost, shares: Sequence[Share], later: int = 0) -> float:
@@ -65,6 +65,12 @@ def step(cost: Cost, shares: Sequence[Share], later: int = 0) -> float:
     )
     merging = max(each.peers * cost.merging(each.rows) for each in shares)
     return cost.dense(max(each.rows for each in shares)) + reading + merging
+
+
+def beside(cost: Cost, shares: Sequence[Share], lengths: Iterable[int]) -> float:
+    """Seconds of a step with prompts striped over the same instances: their weights are read once."""
+    dense = cost.dense(max(each.rows for each in shares))
+    return max(prefill(cost, lengths, len(shares)), dense) + step(cost, shares) - dense
 
 
 def times(cluster: Cluster) -> Times:

@@ -1,4 +1,8 @@
-"""What a step takes, by the cost model: rows and prompts computed here, and K/V read here and elsewhere."""
+"""What a step takes, by the cost model: rows and prompts computed here, and K/V read here and elsewhere.
+
+Theory of operation. Weights are read once a step, whatever is computed with them. So prompts pay together for what is
+fixed, and rows beside them for their attention only; but no step is quicker than that of its rows alone.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,15 @@ def step_seconds(
     """
     rows = local = 0
     away: dict[NodeId, tuple[int, int]] = {}
-    seconds, decoding = 0.0, True
+    computing, prompts = cost.prefill(0), False
     for chunk, layout in chunks:
         alone, stop = chunk.stop - chunk.start == 1, chunk.stop + later
         if alone:
             rows += 1
             local += max(stop - reserved(layout), 0)
         else:
-            seconds += cost.computing(chunk.stop - chunk.start, chunk.start)
-            decoding = False
+            computing += cost.prefill(chunk.stop) - cost.prefill(chunk.start)
+            prompts = True
         for span in layout:
             if span.start >= stop:
                 break
@@ -41,8 +45,8 @@ def step_seconds(
             elif alone:
                 local += tokens
     answers = [answer(node, asked, tokens) for node, (asked, tokens) in away.items()]
-    step = cost.decode_step(rows, local, answers)
-    return seconds + (step if decoding else step - cost.dense(rows))
+    step, dense = cost.decode_step(rows, local, answers), cost.dense(rows)
+    return step + max(computing - dense, 0.0) if prompts else step
 
 
 def _sent(cost: Cost, chunk: Chunk, span: Span) -> int:

@@ -63,8 +63,8 @@ def test_rates_double_until_they_bring_no_more() -> None:
         return worlds.world("whole", "1x1xA100", SIZE, budget, lend_fraction=0.9, beat_seconds=0.5)
 
     said: list[str] = []
-    found = saturated(world, "sharegpt", 60, 4.0, said.append)
-    assert [each.rate for each in found] == [4.0 * 2**n for n in range(len(found))]
+    found = saturated(world, "sharegpt", 60, 5.0, said.append)
+    assert [each.rate for each in found] == [5.0 * 2**n for n in range(len(found))]
     assert len(said) == len(found) > 1
     assert found[1].tokens > 1.2 * found[0].tokens
     assert found[-1].tokens < 1.03 * max(each.tokens for each in found[:-1])

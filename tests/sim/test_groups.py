@@ -19,6 +19,7 @@ from infinillm.sim import striping
 from infinillm.sim.groups import Groups
 from infinillm.sim.hardware import Cluster, Site, cluster, read_size
 from infinillm.sim.simulation import Clock, Ending
+from infinillm.sim.striping import Share
 from infinillm.sim.traffic import Arrival
 from tests.core.test_cost import LLAMA_H100 as COST
 
@@ -237,6 +238,7 @@ def test_a_move_holds_up_both_ends() -> None:
     )
     here = groups(replace(ELASTIC, plan=lambda *_: next(script)), instances=2)
     here.ask(100, 60, lambda _: None)
+    here.run(1e-4)
     here.ask(200, 60, lambda _: None)
     here.clock.step(1000.0)
     here.clock.step(1000.0)
@@ -246,6 +248,34 @@ def test_a_move_holds_up_both_ends() -> None:
     (party,) = here.parties
     assert here.moved == 200 and party.began == pytest.approx(steps + COST.move(200))
     here.check()
+
+
+def test_a_prompt_beside_a_step_belongs_to_the_batch_from_the_next_plan_on() -> None:
+    share = Share(1, 1, 0, 101, 0)
+    beside = replace(alone("s1", "n0"), prompts=("s2",), kept=(Kept("n0", "s2", 0, 200),))
+    both = Decode(("s1", "s2"), ("n0",), (Master("n0", ("s1", "s2")),), 0.0)
+    script = iter(
+        [
+            Plan((begun("s1", "n0", 100),), (), (), (), ()),
+            Plan((), (beside,), (), (), ()),
+            Plan((), (both,), (), (), ()),
+            Plan((), (), (), (), ()),
+        ]
+    )
+    here, endings = groups(replace(ELASTIC, plan=lambda *_: next(script)), instances=1), []
+    here.ask(100, 60, endings.append)
+    here.ask(200, 60, endings.append)
+    here.clock.step(1000.0)
+    here.check()
+    began = here.now
+    here.clock.step(1000.0)
+    here.check()
+    assert here.now - began == pytest.approx(striping.beside(COST, [share], [200]))
+    assert here.now - began < striping.prefill(COST, [200], 1) + striping.step(COST, [share])
+    while here.busy:
+        here.clock.step(1000.0)
+    assert [each.output for each in endings] == [60, 60] and endings[1].first == pytest.approx(here.now, abs=1.0)
+    assert {each.first for each in endings} >= {began} and here.totals().steps == 2 + 59
 
 
 def begun(seq: str, name: str, tokens: int) -> Prefill:

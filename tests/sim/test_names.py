@@ -14,7 +14,7 @@ from infinillm.sim.names import Sessions
 from infinillm.sim.simulation import Ending, Simulation
 from tests.sim.test_simulation import BLOCK, simulation
 
-TURNS = ((90, 30), (140, 20), (200, 40))  # tokens of prompts and answers; each prompt has all that was said before
+TURNS = ((90, 30), (140, 20), (400, 40))  # tokens of prompts and answers; each prompt has all that was said before
 
 
 @pytest.mark.parametrize("seed", range(5))

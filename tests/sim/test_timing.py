@@ -35,3 +35,20 @@ def test_a_prompt_sends_its_rows_and_what_is_to_be_kept(chunk: Chunk, asked: dic
     seconds = step_seconds("home", COST, [(chunk, layout)], 0, answer)
     assert found == asked
     assert (seconds > 100.0) == bool(asked)
+
+
+def test_weights_are_read_once_a_step() -> None:
+    """Prompts pay together for what is fixed, and rows beside them for their attention."""
+    cost = replace(COST, prefill=Curve(((0, 2.0), (100, 3.0))), dense=Curve(((0, 1.0), (100, 2.0))))
+    cost = replace(cost, attention=Curve(((0, 0.0), (100, 1.0))))
+
+    def seconds(*chunks: Chunk) -> float:
+        return step_seconds("home", cost, [(chunk, ()) for chunk in chunks], 0, lambda *_: 0.0)
+
+    row, prompt = Chunk("r", 99, 100), Chunk("p", 0, 50)
+    assert seconds(prompt) == pytest.approx(2.5)
+    assert seconds(prompt, Chunk("q", 50, 100)) == pytest.approx(3.0)
+    assert seconds(prompt, row) == pytest.approx(2.5 + 1.0)
+    rows = [row] * 400
+    assert seconds(*rows) == pytest.approx(5.0 + 400.0)
+    assert seconds(prompt, *rows) == pytest.approx(seconds(*rows))

@@ -140,7 +140,7 @@ class _Queue:
         def fits(count: int) -> bool:
             if self.tokens[count] > room or (count > 1 and self.seconds(count, on) > self.times.tipping):
                 return False
-            return peak([*self.running, *((r.left, r.tokens) for r in self.waiting[:count])]) <= self.slots
+            return suffices(self.slots, [*self.running, *((r.left, r.tokens) for r in self.waiting[:count])])
 
         return largest(fits, len(self.waiting)) if on.prefill else 0
 
@@ -152,6 +152,11 @@ def peak(requests: Iterable[tuple[int, int]]) -> int:
         held += tokens
         most = max(most, left * count + held)
     return most
+
+
+def suffices(slots: int, requests: Sequence[tuple[int, int]]) -> bool:
+    """Whether so many slots are enough for requests of (output still to come, tokens held)."""
+    return sum(left + tokens for left, tokens in requests) <= slots or peak(requests) <= slots
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

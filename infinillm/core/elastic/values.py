@@ -80,9 +80,8 @@ class Batch:
 class State:
     """All the planner knows at the start of a macro-iteration.
 
-    `average_decode`: seconds that requests spent decoding, on average of those that ended. `coming`: what a second of
-    waiting would cost the quick requests that come in one, in seconds per token, as it was lately. `soon`:
-    seconds until one of the instances in a prefill, which are not told of, comes back. Requests no pool of this size
+    `average_decode`: seconds that requests spent decoding, on average of those that ended. `soon`: seconds until one of
+    the instances in a prefill, which are not told of, comes back. Requests no pool of this size
     can hold are refused before they come here: they would stop the queue.
     """
 
@@ -90,8 +89,8 @@ class State:
     waiting: tuple[Waiting, ...]
     batches: tuple[Batch, ...]
     average_decode: float
-    coming: float = 0.0
     soon: float = inf
+    now: float = 0.0
 
 
 class Kept(NamedTuple):
@@ -131,12 +130,19 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A batch to decode on a group, some of which are its masters. `seconds` of a step are predicted."""
+    """A batch to decode on a group, some of which are its masters. `seconds` of a step are predicted.
+
+    Beside its first step the group computes `prompts`, striped over it, which takes so many seconds `more`; they lie
+    as `kept` says, and decode from the next plan on.
+    """
 
     requests: tuple[SeqId, ...]
     group: tuple[NodeId, ...]
     masters: tuple[Master, ...]
     seconds: float
+    prompts: tuple[SeqId, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    more: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

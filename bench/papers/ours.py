@@ -1,0 +1,94 @@
+"""Our planner `auto` beside every other policy, on the same devices: rates under a limit of latency, and throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+from bench.papers import infinite_llm, loongserve
+from bench.papers.rows import PREDICTED, Row
+from bench.papers.runs import expected, highest, saturated
+from infinillm.core.scheduler import Budget
+from infinillm.sim.hardware import cluster, read_size
+
+Say = Callable[[str], None]
+TWO, EIGHT = "1x8xA800@loongserve:tp2", "1x8xA800@loongserve:tp8"  # eight devices, as four workers and as one
+POLICIES = (  # name, policy, cluster
+    ("auto", "auto", TWO),
+    ("elastic", "elastic", TWO),
+    ("proactive", "proactive", TWO),
+    ("chunked", "chunked:{chunk}", TWO),
+    ("chunked, one worker", "chunked:{chunk}", EIGHT),
+    ("disaggregated", "disaggregated", TWO),
+)
+
+
+class Set(NamedTuple):
+    """A workload, its limit in ms a token (of prompt and output), tokens in one step, and a rate to begin with."""
+
+    name: str
+    trace: str
+    limit: float
+    chunk: int
+    first: float
+
+
+SETS = (
+    *(Set(each.name, each.trace, each.limit, each.chunk, each.rates["LoongServe"]) for each in loongserve.SETS),
+    Set("Swings", "swings", 50, 2048, 6.0),  # ours, and the limits too
+    Set("Long and swings", "long-and-swings", 50, 2048, 3.0),
+)
+SERVER, INSTANCES = "1x8xA100@infinite-llm", 8
+SYSTEMS = ("auto", "elastic", "proactive", "pooled", "whole")
+TRACES = ("t0", "t1", "t2", "t3", "t4", "t5")
+
+
+def rates(quick: bool, say: Say) -> Iterator[Row]:
+    """The largest rate of each policy that keeps the limit; none of one that refuses some requests."""
+    size = read_size("LWM-7B", loongserve.BLOCK, loongserve.DTYPE)
+    for each in SETS[:1] if quick else SETS:
+        budget = replace(loongserve.BUDGET, tokens=each.chunk)
+        for name, policy, place in POLICIES[:2] if quick else POLICIES:
+            policy = policy.format(chunk=each.chunk)
+
+            @cache
+            def latency(
+                rate: float,
+                name: str = name,
+                policy: str = policy,
+                place: str = place,
+                each: Set = each,
+                budget: Budget = budget,
+            ) -> float:
+                say(f"{each.name}, {name} at {rate:.3g} a second")
+                return 1e3 * loongserve.per_token(policy, place, size, budget, each.trace, rate, quick)
+
+            if latency(each.first) < float("inf"):
+                found = highest(latency, each.limit, each.first)
+                yield Row(each.name, name, "requests/s", None, found, PREDICTED)
+
+
+def throughput(quick: bool, say: Say) -> Iterator[Row]:
+    """Tokens a second at saturation; none of a policy that refuses some requests."""
+    size = read_size("Llama-2-7B", infinite_llm.BLOCK, infinite_llm.DTYPE)
+    place = cluster(SERVER, size)
+    for trace in TRACES[:1] if quick else TRACES:
+        first = expected(place.sites[0].near, place, trace, infinite_llm.ROWS, infinite_llm.BLOCK)
+        count = infinite_llm.requests(trace, INSTANCES, quick)
+        for policy in SYSTEMS[:2] if quick else SYSTEMS:
+            world = infinite_llm.make(policy, SERVER, size)
+            runs = saturated(world, trace, count, first, lambda what, policy=policy: say(f"{policy}, {what}"))
+            if not any(run.refused for run in runs):
+                yield Row(trace, policy, "tokens/s", None, max(run.tokens for run in runs), PREDICTED)
+
+
+def standing(rows: list[Row], others: tuple[str, ...] = ()) -> Iterator[Row]:
+    """`auto` over the best of the others, or of these others."""
+    for group in dict.fromkeys(row.group for row in rows):
+        here = {row.what: row.ours for row in rows if row.group == group}
+        rest = {name: ours for name, ours in here.items() if name != "auto" and (not others or name in others)}
+        if "auto" in here and rest:
+            best = max(rest, key=lambda name: rest[name])
+            yield Row(f"{group}, auto over", best, "times", None, here["auto"] / rest[best], PREDICTED)
