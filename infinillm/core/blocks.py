@@ -61,7 +61,7 @@ class Blocks:
 
     @property
     def lent(self) -> int:
-        return sum(loan.blocks for loan in self.loans.values())
+        return sum([loan.blocks for loan in self.loans.values()])
 
     @property
     def room(self) -> int:
@@ -71,7 +71,7 @@ class Blocks:
     @property
     def offer(self) -> int:
         """Blocks the node may lend now."""
-        return min(self.lendable - self.lent, self.room)
+        return min(self.lendable, self.count - self._used) - self.lent
 
     @property
     def cached(self) -> int:
@@ -140,7 +140,7 @@ class Blocks:
             self._idle.pop(block, None)
             self._references[block] += 1
             self._keep(block)
-            self._insert(holding, first, block)
+            self._insert(holding, (first,), (block,))
             shared.append(first)
         if not holding.blocks:
             del self._holdings[owner, seq]
@@ -157,7 +157,7 @@ class Blocks:
         if blocks > self.count:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
         held = self._holdings.get((owner, seq))
-        have = set(held.firsts) if held is not None else ()
+        have = set(held.firsts) if held is not None and held.firsts and first <= held.firsts[-1] else ()
         wanted = [at for at in firsts(first, blocks, self.block_size) if at not in have]
         return self._reserve(self._holdings, seq, wanted, owner)
 
@@ -175,8 +175,7 @@ class Blocks:
         """What was staged has come: from now on the sequence has it here."""
         staged = self._staged.pop((owner, seq), Holding())
         holding = self._holdings.setdefault((owner, seq), Holding())
-        for first, block in zip(staged.firsts, staged.blocks, strict=True):
-            self._insert(holding, first, block)
+        self._insert(holding, staged.firsts, staged.blocks)
 
     def abandon(self, owner: NodeId = OWN) -> None:
         """What was staged will not come."""
@@ -208,11 +207,10 @@ class Blocks:
         if blocks > room:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
         holding = holdings.setdefault((owner, seq), Holding())
-        for at in positions:
-            block = self._take()
-            self._insert(holding, at, block)
-            if owner == OWN:
-                self._keep(block)
+        taken = [self._take() for _ in positions]
+        self._insert(holding, positions, taken)
+        for block in taken if owner == OWN else ():
+            self._keep(block)
         if loan is not None and owner != OWN:
             self.loans[owner] = replace(loan, used=loan.used + blocks)
         return None
@@ -383,15 +381,16 @@ class Blocks:
         return block
 
     @staticmethod
-    def _insert(holding: Holding, first: int, block: int) -> None:
-        if not holding.firsts or first > holding.firsts[-1]:
-            holding.firsts.append(first)
-            holding.blocks.append(block)
+    def _insert(holding: Holding, positions: Sequence[int], blocks: Sequence[int]) -> None:
+        if positions and (not holding.firsts or positions[0] > holding.firsts[-1]):
+            holding.firsts.extend(positions)
+            holding.blocks.extend(blocks)
             return
-        at = bisect_left(holding.firsts, first)
-        assert holding.firsts[at] != first, (first, holding.firsts)
-        holding.firsts.insert(at, first)
-        holding.blocks.insert(at, block)
+        for first, block in zip(positions, blocks, strict=True):
+            at = bisect_left(holding.firsts, first)
+            assert holding.firsts[at : at + 1] != [first], (first, holding.firsts)
+            holding.firsts.insert(at, first)
+            holding.blocks.insert(at, block)
 
 
 def slots(holding: Holding, positions: Iterable[int], block_size: int) -> list[int]:

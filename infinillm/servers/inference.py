@@ -206,13 +206,13 @@ class Inference:
             min_tokens=ask.sampling.min_tokens,
         )
         began = heard = time.monotonic()
-        with self.requests.request(len(ask.prompt)) as entry:
+        with self.requests.request(ask.prompt, ask.cache_salt) as entry:
             async with aclosing(self._messages(ask)) as messages:
                 async for message in messages:
                     piece = _piece(ask, message, transcript)
                     if piece.tokens:
                         now, count = time.monotonic(), len(piece.tokens)
-                        entry.output += count
+                        entry.answer += piece.tokens
                         if transcript.tokens == count:
                             self.metrics.observe("time_to_first_token_seconds", now - began)
                         else:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from infinillm.core.pace import MOST_REFUSED, RECALL_AFTER_SECONDS, RETRY_SECONDS
+from infinillm.core.pace import MOST_REFUSED, RETRY_SECONDS
 from infinillm.core.request import Request
-from infinillm.core.scheduler import Shortage, need, shortage
+from infinillm.core.scheduler import NEVER, Shortage, need, shortage
 from infinillm.core.types import Step
 
 if TYPE_CHECKING:
@@ -20,11 +20,21 @@ if TYPE_CHECKING:
 ASK_SECONDS = 0.02  # from a wish for blocks to the answer
 
 
+def still(worker: Worker) -> object:
+    """Where nothing runs, all that decides the next step; else something that equals nothing."""
+    first, b = worker.waiting[0] if worker.waiting else None, worker.borrower
+    if first is None or worker.running or worker.moves.busy or first.id in worker.names:
+        return object()
+    kept = worker.lender.kept_back(worker.world.now)
+    loans = [(account.recalled, account.saved, loan) for _, account, loan in b.loans()]
+    return first, first.layout, worker.blocks.room, kept, loans
+
+
 def wish(worker: Worker, step: Step) -> None:
     """Ask after a step was decided, unless an answer is awaited or came just now."""
     b, moves, world = worker.borrower, worker.moves, worker.world
     wishes = bool(step.short or moves.homeless)
-    b.denied = b.denied and wishes
+    b.denied_since = b.denied_since if wishes else NEVER
     if not wishes or b.asking:
         return
     if world.now < b.ask_again:
@@ -38,7 +48,7 @@ def wish(worker: Worker, step: Step) -> None:
     if not moves.ask():
         alone = worker.waiting[0].request if worker.waiting and not worker.running else None
         own, more = worker.blocks.count, b.blocks - worker.blocks.lent
-        short = shortage(step, worker.running, worker.waiting, worker.size, own, more)
+        short = shortage(step, worker.running, worker.waiting, worker.size, own, more, worker.cost)
     world.at(world.now + ASK_SECONDS, partial(_ask, worker, short, alone))
 
 
@@ -47,19 +57,19 @@ def _ask(worker: Worker, short: Shortage, alone: Request | None) -> None:
         return
     b, now = worker.borrower, worker.world.now
     worker.settle()
-    known = b.denied  # then another refusal changes nothing for what runs
+    known = b.denied_since < NEVER  # then another refusal changes nothing for what runs
     enough, another_saves = b.borrow(short)
-    b.asking, b.denied, b.ask_again = False, not enough, now + RETRY_SECONDS
-    worker.moves.hear_lent(b.denied)
-    if b.denied and alone is not None:
+    b.asking, b.ask_again, b.denied_since = False, now + RETRY_SECONDS, NEVER if enough else min(b.denied_since, now)
+    worker.moves.hear_lent(not enough)
+    if not enough and alone is not None:
         _starve(worker, alone, short.least, another_saves)
-    b.refused = b.refused + 1 if b.denied and not worker.running else 0
+    b.refused = b.refused + 1 if not enough and not worker.running else 0
     for sequence in worker.waiting if b.refused > MOST_REFUSED else ():
         if sequence.layout:  # what it keeps at other nodes may be all that others wait for
             worker.release(sequence.id)
             sequence.let_go()
             worker.needs[sequence.id] = need(sequence, worker.size, 0)
-    if b.denied and known and worker.going is not None and not worker.moves.busy:
+    if not enough and known and worker.going is not None and not worker.moves.busy:
         worker.until(b.ask_again)
     else:
         worker.cut()
@@ -70,7 +80,7 @@ def _starve(worker: Worker, alone: Request, least: int, another_saves: bool) -> 
     """A request that waits alone was refused."""
     b, world = worker.borrower, worker.world
     b.starving = b.starving.after(alone.id, world.now)
-    if world.now - b.starving.since >= RECALL_AFTER_SECONDS and not another_saves:
+    if b.starving.long(world.now) and not another_saves:
         for borrower, blocks in worker.lender.recall(least, world.now):
             world.worker(borrower).hear(worker.id, blocks)
     if alone.longest > world.capacity and (first := worker.sequences.get(alone.id)) in worker.waiting:

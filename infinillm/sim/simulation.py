@@ -147,6 +147,7 @@ class Simulation:
         self.ledger = books.apply_all(Ledger(1), (Joined(each) for each in self.reports.values()))
         self.promised, self.landmarks = books.Promised(), Landmarks()
         self.turn = saving.NOBODY
+        self._capacity = Ledger(), 0  # the last that was asked for, and of which ledger
         self.orders: tuple[MoveBlocks, ...] = ()
         self.sessions = Sessions(budget.block_size)
         self.running: dict[str, Asked] = {}
@@ -308,7 +309,9 @@ class Simulation:
 
     @property
     def capacity(self) -> int:
-        return self.policy.capacity(self.ledger, self.budget.block_size)
+        if self._capacity[0] is not self.ledger:
+            self._capacity = self.ledger, self.policy.capacity(self.ledger, self.budget.block_size)
+        return self._capacity[1]
 
     def creditors(self, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool) -> Named:
         ledger = self.promised.expected(self.ledger)

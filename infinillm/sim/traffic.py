@@ -7,7 +7,7 @@ Streams are lazy: one arrival is in memory at a time (of sessions, those that go
 of random numbers of their own, so equal seeds give equal streams, and equal lengths at every rate. Where `count` is
 given, the last of `count` arrivals comes at count / rate, as when recorded times are scaled to a rate: gaps of equal
 Gamma distribution, divided by their sum, are one Beta share after another of what is left. The arrivals of phases and
-of sessions only have that rate on average.
+of sessions only have that rate on average, and those of swings over all phases; what these bring depends on when.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import csv
 import heapq
 import json
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from operator import itemgetter
@@ -63,8 +63,9 @@ def workload(name: str, *, rate: float, seed: int, count: int | None) -> Iterato
     table = json.loads(data("workloads.json"))
     lengths, _, arrivals = name.partition("+")
     kind = table["arrivals"].get(arrivals or "poisson")
-    if kind is None or lengths not in table["lengths"] | table["sessions"]:
-        known = [*table["lengths"], *table["sessions"], *(f"...+{each}" for each in table["arrivals"])]
+    if kind is None or lengths not in table["lengths"] | table["swings"] | table["sessions"]:
+        sets = (*table["lengths"], *table["swings"], *table["sessions"])
+        known = [*sets, *(f"...+{each}" for each in table["arrivals"])]
         message = f"there is no workload {name!r}; there are: {', '.join(known)}, and files (.csv, .jsonl)"
         raise BadRequest(message, field="trace")
     times, numbers = Random(f"{seed} times"), Random(f"{seed} lengths")
@@ -72,14 +73,17 @@ def workload(name: str, *, rate: float, seed: int, count: int | None) -> Iterato
         spec = table["sessions"][lengths]
         starts = _times(kind, rate / spec["turns"], times, None)
         return islice(_sessions(spec, _draw(spec["first"], table), starts, numbers), count)
+    moments = islice(_times(kind, rate, times, count), count)
+    if lengths in table["swings"]:
+        return _swinging(table["swings"][lengths]["phases"], table, moments, numbers)
     draw = _draw(lengths, table)
-    return (Arrival(at, *draw(numbers)) for at in islice(_times(kind, rate, times, count), count))
+    return (Arrival(at, *draw(numbers)) for at in moments)
 
 
 def names() -> dict[str, str]:
     """Every set of lengths there is, and where it is from."""
     table = json.loads(data("workloads.json"))
-    return {name: each["source"] for name, each in (table["lengths"] | table["sessions"]).items()}
+    return {name: each["source"] for name, each in (table["lengths"] | table["swings"] | table["sessions"]).items()}
 
 
 # --- when ------------------------------------------------------------------------------------------------------------
@@ -132,9 +136,7 @@ def _draw(name: str, table: Mapping[str, Any]) -> Draw:
             records = _records(spec["file"])
             return lambda rng: rng.choice(records)
         case "mixture":
-            draws = [_draw(each, table) for each in spec["of"]]
-            shares = list(accumulate(spec["of"].values()))
-            return lambda rng: rng.choices(draws, cum_weights=shares)[0](rng)
+            return _mixed(spec["of"], table)
         case "zipf":
             return _zipf(spec, _records(table["lengths"][spec["short"]]["file"]), _draw(spec["long"], table))
         case "trace":
@@ -143,6 +145,12 @@ def _draw(name: str, table: Mapping[str, Any]) -> Draw:
         case _:
             prompts, outputs = _spread(spec), _spread(spec["outputs"])
             return lambda rng: (prompts(rng), outputs(rng))
+
+
+def _mixed(of: Mapping[str, float], table: Mapping[str, Any]) -> Draw:
+    """One of these sets, by its share, and from that."""
+    draws, shares = [_draw(each, table) for each in of], list(accumulate(of.values()))
+    return lambda rng: rng.choices(draws, cum_weights=shares)[0](rng)
 
 
 def _records(file: str) -> list[Pair]:
@@ -194,6 +202,26 @@ def _zipf(spec: Mapping[str, Any], records: Sequence[Pair], long: Draw) -> Draw:
         return min(records[max(at - 1, 0) : at + 1], key=lambda record: abs(record[0] - n))
 
     return draw
+
+
+# --- swings ----------------------------------------------------------------------------------------------------------
+
+
+def _swinging(
+    phases: Sequence[Mapping[str, Any]], table: Mapping[str, Any], moments: Iterator[float], rng: Random
+) -> Iterator[Arrival]:
+    """Phases of some seconds each, over and over: each has lengths, and a pace at which even moments pass."""
+    draws = [_mixed(phase["of"], table) for phase in phases]
+    seconds = [phase["seconds"] for phase in phases]
+    usual = sum(phase["seconds"] * phase["rate"] for phase in phases) / sum(seconds)
+    paces = [phase["rate"] / usual for phase in phases]
+    starts = [0, *accumulate(seconds)]
+    passed = [0.0, *accumulate(long * pace for long, pace in zip(seconds, paces, strict=True))]
+    for even in moments:
+        round_, rest = divmod(even, starts[-1])
+        phase = min(bisect_right(passed, rest), len(phases)) - 1
+        at = round_ * starts[-1] + starts[phase] + (rest - passed[phase]) / paces[phase]
+        yield Arrival(at, *draws[phase](rng))
 
 
 # --- sessions --------------------------------------------------------------------------------------------------------

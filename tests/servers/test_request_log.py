@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from infinillm.errors import BadRequest
+from infinillm.servers.conversations import BLOCK
 from infinillm.servers.gateway import Gateway
 from infinillm.servers.request_log import RequestLog
 from infinillm.sim.traffic import Arrival, workload
@@ -25,6 +27,11 @@ class Clock:
         return self.now
 
 
+def said(length: int, first: int = 7) -> list[int]:
+    """Tokens, others for another `first`."""
+    return [first * 1000 + n for n in range(length)]
+
+
 def read(path: Path) -> list[Arrival]:
     """As the simulator does."""
     return list(workload(str(path), rate=0, seed=0, count=None))
@@ -33,26 +40,27 @@ def read(path: Path) -> list[Arrival]:
 def test_lines_are_in_the_order_in_which_requests_came(tmp_path: Path) -> None:
     path, clock = tmp_path / "log.jsonl", Clock(500.0)
     log = RequestLog(str(path), clock)
-    with log.request(7) as first:
+    with log.request(said(7), "") as first:
         clock.now = 501.5
-        with log.request(9) as second:
-            second.output += 3
+        with log.request(said(9, 2), "") as second:
+            second.answer += said(3, 3)
         assert not path.read_text(), "the first is not over"
-        first.output += 2
-    assert read(path) == [Arrival(0.0, 7, 2), Arrival(1.5, 9, 3)]
+        assert not second.answer, "tokens wait for nobody"
+        first.answer += said(2, 4)
+    assert read(path) == [Arrival(0.0, 7, 2, "0-1"), Arrival(1.5, 9, 3, "0-2")]
     log.close()
 
 
 def test_what_got_no_token_is_left_out_and_what_broke_off_counts_as_far_as_it_got(tmp_path: Path) -> None:
     path, clock = tmp_path / "log.jsonl", Clock(0.0)
     log = RequestLog(str(path), clock)
-    with log.request(5):
+    with log.request(said(5), ""):
         pass
-    with suppress(KeyError), log.request(6) as entry:
-        entry.output += 4
+    with suppress(KeyError), log.request(said(6), "") as entry:
+        entry.answer += said(4)
         raise KeyError
     log.close()
-    assert read(path) == [Arrival(0.0, 6, 4)]
+    assert read(path) == [Arrival(0.0, 6, 4, "0-1")]
 
 
 def test_a_file_that_is_there_is_gone_on_with(tmp_path: Path) -> None:
@@ -62,10 +70,11 @@ def test_a_file_that_is_there_is_gone_on_with(tmp_path: Path) -> None:
         log = RequestLog(str(path), clock)
         for _ in range(2):
             clock.now += 2.0
-            with log.request(5) as entry:
-                entry.output += 1
+            with log.request(said(5), "") as entry:
+                entry.answer.append(1)
         log.close()
     assert [each.at for each in read(path)] == [2.0, 4.0, 6.0, 8.0]
+    assert len({each.session for each in read(path)}) == 4
 
 
 @pytest.mark.parametrize("text", ["no JSON\n", '{"prompt": 3}\n', "[]\n"])
@@ -93,8 +102,8 @@ def test_a_full_disk_ends_the_log_and_no_request(monkeypatch: pytest.MonkeyPatch
     told: list[Any] = []
     monkeypatch.setattr("infinillm.servers.request_log.log", lambda event, **more: told.append((event, more)))
     for _ in range(2):
-        with log.request(3) as entry:
-            entry.output += 1
+        with log.request(said(3), "") as entry:
+            entry.answer.append(1)
     assert [event for event, _ in told] == ["request_log_failed"]
     log.close()
 
@@ -103,14 +112,15 @@ def test_without_a_path_nothing_is_kept() -> None:
     log = RequestLog("", Clock(0.0))
     with ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(log.request(1)).output += 1
+            stack.enter_context(log.request(said(1), "")).answer.append(1)
     assert not log._open
     log.close()
 
 
-def test_what_a_gateway_wrote_the_simulator_reads(site: Site, tmp_path: Path) -> None:
+@pytest.fixture
+def logged(site: Site, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a gateway, and where it logs its requests."""
     path = tmp_path / "log.jsonl"
-    site.change(batch=3)  # tokens in one message
 
     async def start() -> Gateway:
         gateway = Gateway(settings(site.folder, site.controller_address, request_log=str(path)))
@@ -120,15 +130,41 @@ def test_what_a_gateway_wrote_the_simulator_reads(site: Site, tmp_path: Path) ->
 
     gateway = site.call(start())
     try:
-        url = f"http://{gateway.http_address}/v1/completions"
-        lengths = []
-        for prompt in ([5] * 3, [5] * 40):
-            asked = {"model": MODEL, "prompt": prompt, "max_tokens": 200, "n": 2}
-            usage = httpx.post(url, json=asked, timeout=30).json()["usage"]
-            lengths += [(len(prompt), usage["completion_tokens"] // 2)] * 2
+        yield f"http://{gateway.http_address}/v1", path
     finally:
         site.call(gateway.stop())
+
+
+def test_what_a_gateway_wrote_the_simulator_reads(site: Site, logged: tuple[str, Path]) -> None:
+    site.change(batch=3)  # tokens in one message
+    url, path = logged
+    lengths = []
+    for prompt in ([5] * 3, [5] * 40):
+        asked = {"model": MODEL, "prompt": prompt, "max_tokens": 200, "n": 2}
+        usage = httpx.post(f"{url}/completions", json=asked, timeout=30).json()["usage"]
+        lengths += [(len(prompt), usage["completion_tokens"] // 2)] * 2
     found = read(path)
     assert [(each.prompt, each.output) for each in found] == lengths
     assert 0 <= found[0].at <= found[1].at <= found[2].at < 60
-    assert {name for line in path.read_text().splitlines() for name in json.loads(line)} == {"at", "prompt", "output"}
+    assert {name for line in path.read_text().splitlines() for name in json.loads(line)} == set(Arrival._fields)
+    assert [each.shared for each in found] == [0, 0, 0, 32], "two answers to one prompt"
+
+
+def test_two_turns_of_a_conversation_are_a_session_with_a_shared_prefix(logged: tuple[str, Path]) -> None:
+    url, path = logged
+
+    def ask(messages: list[dict[str, str]]) -> dict[str, str]:
+        body = {"model": MODEL, "messages": messages, "max_tokens": 100}
+        answered = httpx.post(f"{url}/chat/completions", json=body, timeout=30).json()
+        message: dict[str, str] = answered["choices"][0]["message"]
+        return {"role": message["role"], "content": message["content"]}
+
+    one = [{"role": "user", "content": "Who remembers what was said, and who decides where it is kept? " * 3}]
+    other = [{"role": "user", "content": "Something else altogether: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16. " * 3}]
+    answer = ask(one)
+    ask(other)
+    ask([*one, answer, {"role": "user", "content": "And why?"}])
+    first, second, third = read(path)
+    assert (third.session, third.turn) == (first.session, 1) != (second.session, 0)
+    said = first.prompt + first.output
+    assert said - 2 * BLOCK < third.shared <= min(said, third.prompt) and first.shared == second.shared == 0

@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 
+from infinillm.core import claims
 from infinillm.core.pace import DOUBT_SECONDS, SILENT_BEATS
 from infinillm.core.policy import POLICIES
 from infinillm.errors import BadRequest
-from infinillm.sim import asking, lender, moves
+from infinillm.sim import lender, moves
 from infinillm.sim.losses import DIES, RETURNS, Loss, schedule
 from infinillm.sim.simulation import Ending, Simulation
 from tests.sim.test_simulation import BLOCK, BLOCKS, load, simulation
@@ -129,9 +130,9 @@ def test_losses_that_cannot_be_are_refused(loss: Loss, field: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sessions_recalls_and_losses_all_at_once(policy: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes die and come back while sessions share what they said and lenders want memory back: all is answered."""
-    monkeypatch.setattr(asking, "RECALL_AFTER_SECONDS", 3.0)
+    monkeypatch.setattr(claims, "RECALL_AFTER_SECONDS", 3.0)
     monkeypatch.setattr(moves, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(lender, "REST_SECONDS", 2.0)
+    monkeypatch.setattr(claims, "REST_SECONDS", 2.0)
     monkeypatch.setattr(lender, "PATIENCE_SECONDS", 1.0)
     draw, cluster, endings = random.Random(seed), simulation(3, policy, beat_seconds=BEAT), list[Ending]()
     dead = [(draw.uniform(0, 3), node) for node in ("n0", "n2")]

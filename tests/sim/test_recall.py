@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import pytest
 
+from infinillm.core import claims, recall
 from infinillm.core.blocks import Blocks
 from infinillm.core.recall import AT_ONCE, Terms
 from infinillm.core.request import total
-from infinillm.sim import asking, lender, moves
+from infinillm.sim import lender, moves
 from infinillm.sim.simulation import Ending, Simulation
 from infinillm.sim.worker import Worker
 from tests.sim.test_simulation import BLOCK, BLOCKS, simulation
@@ -39,10 +40,10 @@ def story(
     meanwhile: float = 0.3,
     moving: bool = True,
 ) -> Story:
-    monkeypatch.setattr(asking, "RECALL_AFTER_SECONDS", after)
+    monkeypatch.setattr(claims, "RECALL_AFTER_SECONDS", after)
     monkeypatch.setattr(moves, "GRACE_SECONDS", grace)
     monkeypatch.setattr(lender, "PATIENCE_SECONDS", patience)
-    monkeypatch.setattr(lender, "REST_SECONDS", 0.5)
+    monkeypatch.setattr(claims, "REST_SECONDS", 0.5)
     cluster = simulation(2, "pooled", beat_seconds=0.05)
     for worker in cluster.workers.values():
         worker.moves.most *= moving
@@ -65,6 +66,13 @@ def test_who_starves_for_long_has_its_memory_back_before_the_borrower_is_done(mo
     assert soon.short.first - soon.short.asked > 0.2, "it starved"
     assert soon.cluster.totals().preemptions == 1, "the long one gave way, when it needed a block more"
     assert soon.long.last > never.long.last
+
+
+def test_what_takes_long_to_compute_again_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "LEFT_ALONE_TIMES", 1e6)
+    monkeypatch.setattr(recall, "RECALL_AFTER_SECONDS", 0.2)
+    found = story(monkeypatch, 0.2, 0.2)
+    assert found.short.first > found.long.last and found.cluster.totals().preemptions == 0
 
 
 def test_what_lies_there_may_end_within_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +100,7 @@ def test_a_loan_of_which_nothing_comes_back_ends_and_the_holes_are_computed_agai
 
 
 def test_the_ledger_hears_what_is_wanted_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "RECALL_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(claims, "RECALL_AFTER_SECONDS", 0.2)
     cluster = simulation(2, "pooled", beat_seconds=0.05)
     cluster.ask(LONG, ANSWER, lambda _: None)
     cluster.run(0.3)

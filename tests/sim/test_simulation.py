@@ -13,9 +13,10 @@ import pytest
 from infinillm.core.cost import Cost, Link
 from infinillm.core.policy import POLICIES
 from infinillm.core.policy.orders import MoveBlocks
-from infinillm.core.scheduler import Budget
+from infinillm.core.scheduler import Budget, schedule
 from infinillm.core.types import Grow, Ledger
 from infinillm.errors import BadRequest
+from infinillm.sim import worker
 from infinillm.sim.hardware import Cluster, Site
 from infinillm.sim.simulation import Ending, Simulation
 from infinillm.sim.traffic import Arrival
@@ -125,7 +126,7 @@ def test_a_request_alone_takes_what_the_cost_model_says() -> None:
     cluster.ask(100, 50, endings.append)
     cluster.run(1000.0)
     (only,) = endings
-    assert only.first - only.asked == pytest.approx(COST.computing(100))
+    assert only.first - only.asked == pytest.approx(max(COST.computing(100), COST.dense(0)))
     steps = sum(COST.decode_step(1, length) for length in range(101, 150))
     assert only.last - only.first == pytest.approx(steps, rel=1e-9)
 
@@ -160,6 +161,20 @@ def test_where_home_is_full_steps_with_blocks_of_a_lender_are_taken_in_one_go_an
     single, slow, other = told()
     assert count < 0.6 * slow and cluster.totals()[2:] == other.totals()[2:]
     assert [each.last for each in found] == pytest.approx([each.last for each in single], rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["pooled", "proactive"])
+def test_a_step_that_would_be_the_same_is_not_decided_anew_and_nothing_changes(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[int] = []
+    monkeypatch.setattr(worker, "schedule", lambda *given: decided.append(1) or schedule(*given))
+    endings, cluster = history(policy, count=200, seconds=1.0)
+    few = len(decided)
+    monkeypatch.setattr(worker, "still", lambda _: object())
+    again, other = history(policy, count=200, seconds=1.0)
+    assert (again, other.totals()) == (endings, cluster.totals()) and cluster.totals().preemptions
+    assert few < 0.9 * (len(decided) - few)
 
 
 def test_somebody_watches_the_ledger_and_changes_nothing() -> None:

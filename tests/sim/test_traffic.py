@@ -25,7 +25,7 @@ def quantiles(values: list[int], *shares: float) -> list[int]:
     return [ordered[int(share * len(ordered))] for share in shares]
 
 
-@pytest.mark.parametrize("name", [*SETS, "t1+bursty", "sharegpt+on-off", "chat+bursty"])
+@pytest.mark.parametrize("name", [*SETS, "t1+bursty", "sharegpt+on-off", "chat+bursty", "swings+bursty"])
 def test_equal_seeds_give_equal_streams(name: str) -> None:
     once, again, other = (drawn(name, 300, seed=seed) for seed in (7, 7, 8))
     assert once == again
@@ -127,6 +127,50 @@ def test_a_third_of_mixed_is_of_each_set() -> None:
     assert sum(n <= 2238 for n in prompts) / len(prompts) == pytest.approx(1 / 3, abs=0.01)
 
 
+# --- swings ----------------------------------------------------------------------------------------------------------
+
+
+def halves(arrivals: list[Arrival], seconds: float = 120.0) -> tuple[list[Arrival], list[Arrival]]:
+    """Those of the first phases, and those of the second."""
+    return tuple([a for a in arrivals if a.at // seconds % 2 == which] for which in (0, 1))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["swings", "long-and-swings"])
+def test_minutes_of_answers_alternate_with_minutes_of_documents(name: str) -> None:
+    answers, documents = halves(drawn(name, 22_000, rate=11.0))
+    assert len(answers) / len(documents) == pytest.approx(10, rel=0.1)
+    usual = [a for a in answers if a.prompt <= 2000]
+    assert len(usual) >= 0.99 * len(answers) and all(50 <= a.output <= 2000 for a in usual)
+    assert statistics.median(a.prompt for a in usual) < 200 and statistics.median(a.output for a in usual) > 400
+    assert min(a.prompt for a in documents) >= 2700
+    assert statistics.median(a.prompt for a in documents) > 10_000
+    assert statistics.median(a.output for a in documents) < 100
+
+
+def test_a_few_contexts_of_long_and_swings_are_very_long_in_every_phase() -> None:
+    both = halves(drawn("long-and-swings", 40_000, rate=11.0))
+    found = [[a.prompt for a in those if a.prompt >= 200_000] for those in both]
+    shares = [len(long) / len(those) for long, those in zip(found, both, strict=True)]
+    assert shares == [pytest.approx(0.005, rel=0.25), pytest.approx(0.05, rel=0.25)]
+    assert max(max(long) for long in found) <= 500_000
+    assert not any(a.prompt > 210_500 for a in drawn("swings", 20_000))
+
+
+@pytest.mark.parametrize("name", ["swings", "long-and-swings+bursty"])
+@pytest.mark.parametrize("rate", [0.5, 7.0])
+def test_swings_have_the_rate_over_all_phases(name: str, rate: float) -> None:
+    times = [a.at for a in drawn(name, round(rate * 240 * 20), rate=rate)]
+    assert times[-1] == pytest.approx(240 * 20)
+    assert all(a <= b for a, b in pairwise(times))
+
+
+def test_the_moments_of_a_phase_are_as_even_as_those_of_other_sets() -> None:
+    answers, _ = halves(drawn("swings", 30_000, rate=11.0))
+    gaps = [b.at - a.at for a, b in pairwise(answers) if b.at - a.at < 60]
+    assert statistics.fmean(gaps) == pytest.approx(1 / 20, rel=0.05)
+    assert statistics.stdev(gaps) == pytest.approx(1 / 20, rel=0.05)
+
+
 # --- sessions --------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +200,7 @@ def test_sessions_have_as_many_turns_and_requests_as_they_should() -> None:
 # --- laziness --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["t8", "sharegpt+bursty", "sharegpt+on-off", "chat"])
+@pytest.mark.parametrize("name", ["t8", "sharegpt+bursty", "sharegpt+on-off", "chat", "swings"])
 def test_the_first_of_a_thousand_million_is_there_at_once(name: str) -> None:
     for count in (10**9, None):
         stream = workload(name, rate=1000.0, seed=0, count=count)

@@ -35,6 +35,19 @@ def test_every_name_is_a_world_that_answers(name: str) -> None:
     assert type(here) is KINDS.get(name, Simulation)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_answers_long_contexts_and_swings(name: str) -> None:
+    here, endings = made(name, "1x8xA800"), list[Ending]()
+    here.play(workload("long-and-swings", rate=0.5, seed=4, count=150), endings.append)
+    while here.busy and here.clock.step(10_000.0):
+        pass
+    here.check()
+    assert len(endings) == 150
+    refused = [each.prompt for each in endings if each.refused]
+    pools = name in ("pooled", "proactive", "single", "elastic", "auto")
+    assert bool(refused) != pools and all(prompt > 100_000 for prompt in refused)
+
+
 def test_names_change_what_they_say() -> None:
     found = {name: made(name) for name in ("isolated", "whole", "chunked", "chunked:100", "single")}
     assert all(isinstance(each, Simulation) and each.policy.name == "isolated" for each in found.values())
