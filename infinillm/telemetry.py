@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import threading
 import traceback
@@ -252,6 +253,7 @@ class Metrics:
     def close(self) -> None:
         while self._servers:
             server, thread = self._servers.pop()
+            server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which looks only twice a second
             server.shutdown()
             server.server_close()
             thread.join()

@@ -109,6 +109,7 @@ class Cluster:
             Budget(step_tokens, sequences, block_size, moves),
             publish=self.home.outputs.extend,
             borrow=self._borrow,
+            cost=None,
             metrics=self.home.metrics,
         )
         self.loop = asyncio.new_event_loop()

@@ -1,5 +1,6 @@
 """What all tests share: one thread, fixed search settings, programs found or a reason given, no process left behind."""
 
+import gc
 import os
 import shutil
 import sys
@@ -27,6 +28,12 @@ def program(name: str) -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: looking through it for garbage stops a test for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

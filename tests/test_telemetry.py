@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -95,6 +96,14 @@ def test_metrics_are_served_and_the_port_is_told() -> None:
     finally:
         metrics.close()
     assert Metrics("controller").serve("127.0.0.1", -1) == -1
+
+
+def test_serving_ends_at_once() -> None:
+    metrics = Metrics("controller")
+    metrics.serve("127.0.0.1", 0)
+    began = time.monotonic()
+    metrics.close()
+    assert time.monotonic() - began < 0.3, "the library's own thread looks only twice a second"
 
 
 def test_promtool_finds_no_fault(promtool: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from tests import tiny
 from tests.e2e import processes
 from tests.e2e.processes import Cluster
+from tests.e2e.warm import Warm
 
 MODEL = "llama"
 BLOCK, BLOCKS = 16, 24  # tokens of a block; blocks of a worker, of which it lends 21
@@ -36,6 +38,20 @@ def truth(length: int, seed: int, count: int) -> tuple[list[int], list[int]]:
 @cache
 def _model() -> Any:
     return tiny.model(MODEL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[None]:
+    """What clusters fork their processes from. `infinillm serve`, here and in tests/console, starts them one by one."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # not on this machine: then all are started one by one
+        yield
+        return
+    Cluster.warm = Warm(tiny.folder(MODEL))
+    yield
+    Cluster.warm.end()
+    Cluster.warm = None
 
 
 @pytest.fixture(scope="session")

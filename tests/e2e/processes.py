@@ -15,10 +15,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from infinillm import rpc
 from infinillm.protos import controller_pb2, pool_pb2
+from tests.e2e.warm import Child, Warm
 
 CONTROLLER = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"]
 POOL = pool_pb2.DESCRIPTOR.services_by_name["PoolService"]
@@ -38,19 +39,26 @@ def until(seen: Callable[[], Any], what: str, seconds: float) -> Any:
 
 
 class Process:
-    """One `python -m infinillm ...`, its ready line, and its log in a file. It dies with the thread that made it."""
+    """One `python -m infinillm ...`, its ready line, and its log in a file. It dies with the thread that made it.
 
-    def __init__(self, name: str, *argv: str, log: Path):
+    Where a `warm` process is given it is forked from that, and dies with that.
+    """
+
+    def __init__(self, name: str, *argv: str, log: Path, warm: Warm | None = None):
         self.name, self.log = name, log
         self.said: dict[str, Any] = {}
+        self.popen: Child | subprocess.Popen[bytes]
         with log.open("ab") as out:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "infinillm", argv[0], "--dies-with", str(os.getpid()), *argv[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                start_new_session=True,
-            )
+            if warm is not None:
+                self.popen = warm.start([argv[0], "--dies-with", str(warm.pid), *argv[1:]], out)
+            else:
+                self.popen = subprocess.Popen(
+                    [sys.executable, "-m", "infinillm", argv[0], "--dies-with", str(os.getpid()), *argv[1:]],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=out,
+                    start_new_session=True,
+                )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -109,6 +117,8 @@ class Process:
 class Cluster:
     """A controller, workers by name and a gateway, on loopback and ports of their own choice. Ends by `end`."""
 
+    warm: ClassVar[Warm | None] = None  # what all processes are forked from; None: each starts as people start it
+
     def __init__(
         self,
         folder: Path,
@@ -147,7 +157,8 @@ class Cluster:
 
     def _start(self, name: str, command: str, *argv: str) -> Process:
         more = self.flags.get(command, ())
-        self.started.append(Process(name, command, *argv, *more, log=self.folder / f"{name}.log"))
+        log = self.folder / f"{name}.log"
+        self.started.append(Process(name, command, *argv, *more, log=log, warm=self.warm))
         return self.started[-1]
 
     def add_worker(self, name: str) -> Process:

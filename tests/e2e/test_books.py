@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NamedTuple
 
 import grpc.aio
@@ -114,8 +115,10 @@ class Soak:
         return Ending("", [])
 
 
-async def soak(pool: Cluster, seed: int, requests: int, lose: Callable[[], Process]) -> list[Case]:
-    """After a third of the requests one process is lost; another is started in its place while they go on."""
+async def soak(
+    pool: Cluster, seed: int, requests: int, lost: Process, replace: Callable[[], Process], without: int
+) -> list[Case]:
+    """After a third of the requests one process is lost, and replaced after so many without it."""
     async with client.client(pool.url) as http, rpc.channel(pool.gateway.said["grpc"]) as channel:
         run = Soak(pool, http, channel, seed)
         tasks = [asyncio.ensure_future(run.draw()) for _ in range(requests)]
@@ -124,9 +127,11 @@ async def soak(pool: Cluster, seed: int, requests: int, lose: Callable[[], Proce
             for at, done in enumerate(asyncio.as_completed(tasks, timeout=SECONDS)):
                 await done
                 if at == requests // 3:
-                    again = asyncio.ensure_future(asyncio.to_thread(lose().ready))
+                    lost.kill()
+                if at == requests // 3 + without:
+                    again = asyncio.ensure_future(asyncio.to_thread(replace().ready))
             assert again is not None
-            await again  # it takes seconds to start; until then requests go on without it
+            await again
         finally:
             for task in tasks:
                 task.cancel()
@@ -162,12 +167,7 @@ def settle(pool: Cluster) -> None:
 
 def test_whatever_clients_do_and_without_a_controller_answers_are_right_and_nothing_leaks(pool: Cluster) -> None:
     epoch = pool.ledger().epoch
-
-    def lose() -> Process:
-        pool.controller.kill()
-        return pool.start_controller_again()
-
-    cases = asyncio.run(soak(pool, SEED, 150, lose))
+    cases = asyncio.run(soak(pool, SEED, 100, pool.controller, pool.start_controller_again, without=0))
     assert {case.kind for case in cases} == set(KINDS), "the seed must draw every kind"
     failed = failures(cases)
     assert all(ending.status in {200, 429, 503} for ending in failed), failed
@@ -177,11 +177,9 @@ def test_whatever_clients_do_and_without_a_controller_answers_are_right_and_noth
 
 
 def test_whatever_clients_do_while_a_worker_dies_answers_are_right_and_nothing_leaks(pool: Cluster) -> None:
-    def lose() -> Process:
-        pool.workers["worker-1"].kill()
-        return pool.add_worker("worker-1")
-
-    for ending in failures(asyncio.run(soak(pool, SEED + 1, 120, lose))):
+    replace = partial(pool.add_worker, "worker-1")
+    cases = asyncio.run(soak(pool, SEED + 1, 80, pool.workers["worker-1"], replace, without=20))
+    for ending in failures(cases):
         assert ending.error is not None
         refused = ending.status == 400 and not ending.tokens and "policy pooled offers" in ending.error["message"]
         assert refused or ending.status in {200, 429, 503}, (

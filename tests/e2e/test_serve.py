@@ -25,8 +25,8 @@ TEXT = "The keeper of the lighthouse wrote in his log that night: the lamp is li
 
 
 @contextmanager
-def serving(folder: Path, model: str) -> Iterator[Process]:
-    at = ("--port", "0", "--workers", "3", "--kv-blocks", str(BLOCKS), "--dtype", "float32")
+def serving(folder: Path, model: str, workers: int) -> Iterator[Process]:
+    at = ("--port", "0", "--workers", str(workers), "--kv-blocks", str(BLOCKS), "--dtype", "float32")
     process = Process("serve", "serve", *at, *([model] if model else []), log=folder / "serve.log")
     try:
         process.ready()
@@ -45,7 +45,7 @@ def test_the_default_model_answers_a_prompt_that_fits_no_worker_as_transformers_
     assert BLOCKS * 16 < len(prompt) < 2 * BLOCKS * 16
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     want = tiny.oracle(model, prompt, COUNT)[0]
-    with serving(tmp_path, "") as process:
+    with serving(tmp_path, "", 3) as process:
         url = f"http://{process.said['http']}"
         got = client.complete(url, prompt, COUNT)
         assert (got.error, got.tokens) == (None, want)
@@ -57,7 +57,7 @@ def test_the_default_model_answers_a_prompt_that_fits_no_worker_as_transformers_
 
 
 def test_a_process_that_crashes_takes_the_cluster_with_it_and_is_named(tmp_path: Path) -> None:
-    with serving(tmp_path, str(tiny.folder("llama"))) as process:
+    with serving(tmp_path, str(tiny.folder("llama")), 2) as process:
         children = family(process)
         (victim,) = (child for child in children if "--id=worker-1" in child.cmdline())
         victim.kill()
@@ -67,7 +67,7 @@ def test_a_process_that_crashes_takes_the_cluster_with_it_and_is_named(tmp_path:
 
 
 def test_a_supervisor_that_is_killed_leaves_nobody_behind(tmp_path: Path) -> None:
-    with serving(tmp_path, str(tiny.folder("llama"))) as process:
+    with serving(tmp_path, str(tiny.folder("llama")), 1) as process:
         children = family(process)
         process.kill()
         assert not psutil.wait_procs(children, timeout=5)[1]
