@@ -10,8 +10,9 @@ up to a bound, and is made every few heartbeats. `check` is no decision: it is t
 
 With `--nodes` only what policies decide is timed, on clusters of so many nodes with 64 sequences each, 100,000 at most.
 Of ten nodes one is short of memory where `proactive` makes room. `elastic` has four instances to a batch that decodes,
-every fifth instance idle, and a prompt waiting for every eighth, 100 at most. What takes more than 50 milliseconds is
-not asked again in a larger cluster.
+every fifth instance idle, and a prompt waiting for every eighth, 100 at most. `auto` chooses one of the cells of a
+large cluster, and plans one like this, with 100 prompts waiting. What takes more than 50 milliseconds is not asked
+again in a larger cluster.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from infinillm.core.cells import Load, choose, split
 from infinillm.core.cost import Costs, Dense, Device, Link, roofline
 from infinillm.core.elastic.plan import plan as elastic
 from infinillm.core.elastic.times import DecodeTime, PrefillTime, Times
@@ -46,6 +48,7 @@ from infinillm.core.ledger import (
     expecting,
     rebuild,
 )
+from infinillm.core.planners import AUTO
 from infinillm.core.policy import POLICIES
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import Budget, Here, Match, schedule
@@ -163,7 +166,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
         calls[f"plan proactive, {short} short, {count} orders"] = lambda b=books: proactive.plan(b, COSTS, BLOCK)
     sequences, room = running_sequences()
     budget = Budget(tokens=2048, sequences=RUNNING, block_size=BLOCK)
-    here = Here(own=sum(room.values()), kept=0, saved=(), patient=True)
+    here = Here(own=sum(room.values()), kept=0, saved=(), denied=float("-inf"), cost=None)
     step = schedule(1, sequences, [], room, budget, here, lambda _: Match())
     assert len(step.chunks) == RUNNING
     assert step.grow
@@ -177,6 +180,7 @@ def decisions(ledger: Ledger, reports: list[Report]) -> dict[str, Callable[[], o
 # --- as the cluster grows --------------------------------------------------------------------------------------------
 
 MOST_SEQUENCES = 100_000
+MOST_WAITING = 100  # requests
 LONGEST_SECONDS, SPENT_SECONDS, MOST_TIMES = 0.05, 0.3, 100  # of one call; on all calls of one decision, and how many
 SLOTS = 210_000  # of an instance
 TIMES = Times(  # two A800 to an instance, as LoongServe measured them (docs/papers)
@@ -201,11 +205,17 @@ def policies(nodes: int) -> dict[str, Callable[[], object]]:
             f"creditors {policy.name}": lambda p=policy: p.creditors(ledger, some, 8000, (), False),
             f"plan {policy.name}": lambda p=policy: p.plan(tight, COSTS, BLOCK),
         }
-    state = elastic_state(random.Random(0), nodes, each)
-    return calls | {"plan elastic": lambda: elastic(state, TIMES)}
+    state = elastic_state(random.Random(0), nodes, each, min(max(nodes // 8, 1), MOST_WAITING))
+    cells = split(nodes, 8, AUTO.cell)
+    loads = [Load(SLOTS * len(cell), float(at), 0) for at, cell in enumerate(cells)]
+    crowd = elastic_state(random.Random(0), len(cells[0]), each, MOST_WAITING)
+    return calls | {
+        "plan elastic": lambda: elastic(state, TIMES),
+        "plan auto": lambda: (choose(5000, loads), AUTO.plan(crowd, TIMES)),
+    }
 
 
-def elastic_state(rng: random.Random, nodes: int, each: int) -> State:
+def elastic_state(rng: random.Random, nodes: int, each: int, waiting: int) -> State:
     """Instances by eight in a place; batches lie on four of each five that follow each other."""
     names = [f"worker-{i}" for i in range(nodes)]
     busy = [names[at : at + 4] for at in range(0, nodes - nodes // 5, 5)] or [names]
@@ -221,12 +231,11 @@ def elastic_state(rng: random.Random, nodes: int, each: int) -> State:
                 Running(f"{group[0]}-{number}", float(number), held, 500 - more + 1, more, 10 * rng.random())
             )
         batches.append(Batch(tuple(running)))
-    waiting = [
-        Waiting(f"w{number}", int(rng.lognormvariate(7.5, 1.5)) + 1, 1e6 + number, 200)
-        for number in range(min(max(nodes // 8, 1), 100))
+    queue = [
+        Waiting(f"w{number}", int(rng.lognormvariate(7.5, 1.5)) + 1, 1e6 + number, 200) for number in range(waiting)
     ]
     instances = [Instance(name, SLOTS, used[name], str(at // 8)) for at, name in enumerate(names)]
-    return State(tuple(instances), tuple(waiting), tuple(batches), 10.0)
+    return State(tuple(instances), tuple(queue), tuple(batches), 10.0)
 
 
 def as_it_grows(sizes: list[int], say: Callable[[str], None]) -> dict[str, dict[str, dict[str, float]]]:

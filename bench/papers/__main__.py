@@ -1,6 +1,6 @@
 """The tables and figures of Infinite-LLM and LoongServe, from the simulator: measured, drawn and written down.
 
-    python -m bench.papers [figures many one loongserve] [--quick] [--out docs/papers]
+    python -m bench.papers [figures many one loongserve auto] [--quick] [--out docs/papers]
 
 Each part writes its CSV; what is there is drawn, and put together as README.md. `--quick` runs little of everything, to
 see that it runs.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from bench.papers import infinite_llm, loongserve, page, rows
+from bench.papers import infinite_llm, loongserve, ours, page, rows
 from bench.papers.infinite_llm import Cell
 from bench.papers.runs import Rate
 from infinillm.console.progress import Progress
@@ -58,11 +58,21 @@ def loong(out: Path, quick: bool, say: Say) -> None:
         rows.write(out / "loongserve-speed-ups.csv", loongserve.speed_ups(found))
 
 
+def auto(out: Path, quick: bool, say: Say) -> None:
+    for name, cells in (("rates", ours.rates), ("throughput", ours.throughput)):
+        found: list[rows.Row] = []
+        for each in cells(quick, say):
+            found.append(each)
+            rows.write(out / f"auto-{name}.csv", found)
+            rows.write(out / f"auto-{name}-over.csv", ours.standing(found))
+
+
 PARTS: dict[str, Part] = {
     "figures": figures,
     "many": throughput("many", infinite_llm.against_many),
     "one": throughput("one", infinite_llm.against_one),
     "loongserve": loong,
+    "auto": auto,
 }
 
 

@@ -37,8 +37,8 @@ class Set(NamedTuple):
 
 SETS = (
     *(Set(each.name, each.trace, each.limit, each.chunk, each.rates["LoongServe"]) for each in loongserve.SETS),
-    Set("Swings", "swings", 50, 2048, 6.0),  # ours, and the limits too
-    Set("Long and swings", "long-and-swings", 50, 2048, 3.0),
+    Set("Swings", "swings", 50, 2048, 16.0),  # ours, and the limits too
+    Set("Long and swings", "long-and-swings", 50, 2048, 4.0),
 )
 SERVER, INSTANCES = "1x8xA100@infinite-llm", 8
 SYSTEMS = ("auto", "elastic", "proactive", "pooled", "whole")

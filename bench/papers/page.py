@@ -28,6 +28,11 @@ SECTIONS = (  # heading in notes.md, tables, figures
         ("loongserve-rates",),
     ),
     ("LoongServe, scaling up and down", ("loongserve-scaling",), ("loongserve-scaling",)),
+    (
+        "Our own planner beside all others",
+        ("auto-rates-over", "auto-throughput-over", "auto-rates", "auto-throughput"),
+        ("auto-rates", "auto-throughput"),
+    ),
     ("What decisions cost", (), ("decisions",)),
 )
 
@@ -49,6 +54,8 @@ def draw(folder: Path) -> None:
     each("gains-one", "gains-one", lambda found, path: plots.gains(found, ones, ones, path, True))
     each("loongserve-rates", "loongserve-rates", plots.largest_rates)
     each("loongserve-scaling", "loongserve-scaling", plots.masters)
+    for name in ("auto-rates", "auto-throughput"):
+        each(name, name, plots.standings)
     if (folder / "throughput-many.csv").is_file():
         plots.curves(_curves(folder / "throughput-many.csv"), folder / "throughput-many.svg")
     if DECISIONS.is_file():

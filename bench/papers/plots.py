@@ -207,6 +207,22 @@ def largest_rates(rows: list[Row], path: Path) -> None:
             axes.set_xticks(axes.get_xticks(), [row.what.replace(" ", "\n") for row in group(rows, name)], fontsize=8)
 
 
+def standings(rows: list[Row], path: Path) -> None:
+    """Each policy's share of what `auto` reaches, workload by workload."""
+    names, groups = (list(dict.fromkeys(each)) for each in ((r.what for r in rows), (r.group for r in rows)))
+    found = {(row.group, row.what): row.ours for row in rows}
+    whole = {name: found.get((name, "auto")) for name in groups}
+    series = {
+        what: [(found.get((name, what)) or 0.0) / top if (top := whole[name]) else None for name in groups]
+        for what in names
+    }
+    with drawn(path, 2.2 * len(groups) + 1.0, 3.4) as (axes,):
+        bars(axes, groups, series)
+        axes.axhline(1.0, color=INK, lw=0.8, ls=":")
+        axes.set_ylabel("of what auto reaches")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 def masters(rows: list[Row], path: Path) -> None:
     with drawn(path, 9.6, 3.2, 2, sharey=True) as panels:
         for axes, count in zip(panels, (2, 4), strict=True):

@@ -26,7 +26,7 @@ from dataclasses import replace
 from math import inf
 
 from infinillm.core.elastic import plan as elastic
-from infinillm.core.elastic.joining import joined, weight
+from infinillm.core.elastic.joining import joined
 from infinillm.core.elastic.times import Times
 from infinillm.core.elastic.values import Plan, State, Waiting
 from infinillm.core.types import NodeId, SeqId
@@ -101,13 +101,13 @@ def price(plan: Plan, state: State, times: Times) -> float:
     total = 0.0
     again = min([*until.values(), *(STEPS * each.seconds + each.more for each in plan.decodes)], default=inf)
     for request in state.waiting:
-        total += first.get(request.id, 0.0) * weight(request)
+        total += first.get(request.id, 0.0) * request.weight
     later = [each for each in state.waiting if each.id not in first]
     total += _later(later, plan, again, state, times)
     for decode in plan.decodes:
         delay = max(moving[name] for name in decode.group)
         for each in (running[seq] for seq in decode.requests):
-            total += (delay + decode.more + decode.seconds * each.left) * weight(each)
+            total += (delay + decode.more + decode.seconds * each.left) * each.weight
     gone = {*plan.preempted, *plan.evicted}
     for batch in state.batches if gone else ():
         step = times.decode(max(len(batch.group), 1), len(batch.requests), batch.tokens)
@@ -115,7 +115,7 @@ def price(plan: Plan, state: State, times: Times) -> float:
             delay = max((until.get(name, 0.0) for name in each.held), default=0.0)
             if each.id in plan.evicted:
                 delay += times.prefill[0](each.tokens, each.tokens**2)
-            total += (delay + step * each.left) * weight(each)
+            total += (delay + step * each.left) * each.weight
     return total
 
 
@@ -128,7 +128,7 @@ def _later(requests: Sequence[Waiting], plan: Plan, again: float, state: State, 
         return 0.0
     weights = tokens = squares = weighted = weighted_squares = 0.0
     for each in sorted(requests, key=lambda each: each.tokens):
-        one = weight(each)
+        one = each.weight
         tokens, squares, weights = tokens + each.tokens, squares + each.tokens**2, weights + one
         weighted, weighted_squares = weighted + tokens * one, weighted_squares + squares * one
     price = inf
@@ -137,7 +137,7 @@ def _later(requests: Sequence[Waiting], plan: Plan, again: float, state: State, 
         price = min(price, seconds * weights + first)
     for batch in state.batches:
         seconds = times.quickest(max(len(batch.group), 1), tokens, squares)
-        price = min(price, (again + seconds) * weights + seconds * sum(map(weight, batch.requests)))
+        price = min(price, (again + seconds) * weights + seconds * batch.weight)
     return price
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from infinillm.core.elastic.dispatching import allocated, dispatched, emptied, peak, sides
+from infinillm.core.elastic.dispatching import allocated, dispatched, least_used, peak, sides
 from infinillm.core.elastic.plan import longest, plan
 from infinillm.core.elastic.scaling import fewest, masters, retention
 from infinillm.core.elastic.times import PrefillTime, Times
@@ -194,7 +194,7 @@ def test_nothing_is_moved_where_next_tokens_would_lack_slots() -> None:
     old = [batch(running("r0", a=9)), batch(running("r1", b=5))]
     for room, fits in ((16, True), (15, False)):
         told = state(instances(room, 60, slots=60), (), *old)
-        assert (emptied(sides(told)) is not None) == fits
+        assert (least_used(sides(told)) is not None) == fits
 
 
 @pytest.mark.parametrize(("full", "preempted"), [(False, ("r1",)), (True, ())])

@@ -82,12 +82,15 @@ def dispatched(state: State, start: Sides, times: Times) -> tuple[tuple[Waiting,
     queue = _Queue(state, times)
     here = start
     count = queue.longest(here)
-    while count < len(queue.waiting) and (more := emptied(here)):
-        wait = state.average_decode - min(each.seconds for each in more.batch.requests)
-        reached = queue.longest(more.sides)
-        if reached == count or wait <= more.tokens * times.move:
+    while count < len(queue.waiting) and (least := least_used(here)):
+        wait = state.average_decode - min(each.seconds for each in least.batch.requests)
+        if wait <= least.tokens * times.move:
             break
-        here, count = more.sides, reached
+        after = emptied(here, least)
+        reached = queue.longest(after)
+        if reached == count:
+            break
+        here, count = after, reached
     for batch in sorted(here.decode, key=lambda each: -free(here.of(each.group))):
         after = preempt(here, batch)
         if count < len(queue.waiting) and (after.slack >= 0 or not after.decode):
@@ -108,11 +111,11 @@ def allocated(requests: Sequence[Waiting], start: Sides, times: Times) -> Sides:
     tokens = sum(each.tokens for each in requests)
     squares = sum(each.tokens**2 for each in requests)
     here = start
-    while here.prefill and (more := emptied(here)):
-        seconds, widened = (times.quickest(len(each.prefill), tokens, squares) for each in (here, more.sides))
-        if seconds - widened <= more.tokens * times.move:
+    while here.prefill and (least := least_used(here)):
+        seconds, widened = (times.quickest(len(here.prefill) + one, tokens, squares) for one in (0, 1))
+        if seconds - widened <= least.tokens * times.move:
             break
-        here = more.sides
+        here = emptied(here, least)
     return here
 
 
@@ -178,19 +181,17 @@ def preempt(before: Sides, batch: Batch) -> Sides:
     )
 
 
-class Emptied(NamedTuple):
-    """The sides once an instance of a batch has nothing of it any more, and how many tokens that moves."""
+class Least(NamedTuple):
+    """The least used instance that decodes, its batch, how many tokens of that it has, and who else decodes."""
 
-    sides: Sides
+    instance: NodeId
     batch: Batch
     tokens: int
+    others: tuple[Instance, ...]
 
 
-def emptied(before: Sides) -> Emptied | None:
-    """The least used instance that decodes joins the prefill, its K/V gone to others; None where they lack the room.
-
-    Others of the same group come first, as batches that share an instance become one; then the fullest.
-    """
+def least_used(before: Sides) -> Least | None:
+    """The instance that costs least to empty; None where others that decode lack the room."""
     held: dict[NodeId, int] = {}
     owner: dict[NodeId, Batch] = {}
     for batch in before.decode:
@@ -201,10 +202,19 @@ def emptied(before: Sides) -> Emptied | None:
         return None
     source = min(held, key=lambda name: (held[name], name))
     batch, tokens = owner[source], held[source]
-    others = fullest(before.of(name for name in held if name != source))
+    others = before.of(name for name in held if name != source)
     if tokens + sum(len(each.requests) for each in before.decode) > free(others):
         return None
-    others.sort(key=lambda each: each.id not in batch.group)
+    return Least(source, batch, tokens, others)
+
+
+def emptied(before: Sides, least: Least) -> Sides:
+    """That instance joins the prefill, its K/V gone to others.
+
+    Those of the same group come first, as batches that share an instance become one; then the fullest.
+    """
+    source, batch, _, found = least
+    others = sorted(fullest(found), key=lambda each: each.id not in batch.group)
     room = {each.id: each.free for each in others}
     moved: list[Migration] = []
     requests: list[Running] = []
@@ -222,11 +232,10 @@ def emptied(before: Sides) -> Emptied | None:
         instances[name] = replace(instances[name], used=instances[name].used - count)
         instances[target] = replace(instances[target], used=instances[target].used + count)
     rest = tuple(each for each in before.decode if each != batch)
-    after = replace(
+    return replace(
         before,
         instances=instances,
         prefill=(*before.prefill, source),
         decode=disjoint((*rest, Batch(tuple(requests)))),
         migrations=(*before.migrations, *moved),
     )
-    return Emptied(after, batch, tokens)

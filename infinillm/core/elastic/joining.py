@@ -44,16 +44,11 @@ def joined(plan: Plan, state: State, times: Times, soon: float, overdue: Collect
     for request in rest[:count]:
         prices = [side.price(request) for side in sides]
         least = min(prices)
-        alone = (soon + times.prefill[0](request.tokens, request.tokens**2)) * weight(request)
+        alone = (soon + times.prefill[0](request.tokens, request.tokens**2)) * request.weight
         if least < (inf if request.id in overdue else alone):
             sides[prices.index(least)].add(request)
     found = {side.decode.requests: side.planned() for side in sides if side.prompts}
     return replace(plan, decodes=tuple(found.get(each.requests, each) for each in plan.decodes)) if found else plan
-
-
-def weight(request: Running | Waiting) -> float:
-    """What a second costs a request, in seconds per token it comes to have."""
-    return 1 / (request.tokens + request.left)
 
 
 @dataclass(slots=True)
@@ -72,7 +67,7 @@ class _Side:
     room: int = 0
 
     def __post_init__(self) -> None:
-        self.weight = sum(map(weight, self.requests))
+        self.weight = sum(each.weight for each in self.requests)
         self.room = free(self.instances) - len(self.requests)
 
     def price(self, request: Waiting) -> float:
@@ -80,14 +75,14 @@ class _Side:
         if request.tokens >= self.room:
             return inf
         more = self._more(self.tokens + request.tokens, self.squares + request.tokens**2)
-        return (more - self.more) * self.weight + (self.decode.seconds + more) * weight(request)
+        return (more - self.more) * self.weight + (self.decode.seconds + more) * request.weight
 
     def add(self, request: Waiting) -> None:
         self.prompts.append(request)
         self.tokens += request.tokens
         self.squares += request.tokens**2
         self.more = self._more(self.tokens, self.squares)
-        self.weight += weight(request)
+        self.weight += request.weight
         self.room -= request.tokens + 1
 
     def _more(self, tokens: int, squares: int) -> float:

@@ -30,7 +30,7 @@ class Instance:
         return self.slots - self.used
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Waiting:
     """A request that waits: its input of `tokens`, and the output it may come to have, both one or more."""
 
@@ -39,8 +39,13 @@ class Waiting:
     arrived: float
     left: int
 
+    @cached_property
+    def weight(self) -> float:
+        """What a second costs it, in seconds per token it comes to have."""
+        return 1 / (self.tokens + self.left)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Running:
     """A request that decodes: the tokens of its K/V on each instance, its output so far and still to come at most.
 
@@ -54,10 +59,15 @@ class Running:
     left: int
     seconds: float
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of K/V, wherever they lie."""
         return sum(self.held.values())
+
+    @cached_property
+    def weight(self) -> float:
+        """What a second costs it, in seconds per token it comes to have."""
+        return 1 / (self.tokens + self.left)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,11 @@ class Batch:
     @cached_property
     def tokens(self) -> int:
         return sum(each.tokens for each in self.requests)
+
+    @cached_property
+    def weight(self) -> float:
+        """What a second costs it, in seconds per token."""
+        return sum(each.weight for each in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
