@@ -11,12 +11,12 @@ are asked several times, of the state as it is and of altered ones:
 and each of these plans counts twice: as it is, and with prompts that it leaves waiting computed beside the steps of
 those who decode (core/elastic/joining.py), as chunked prefill does. Each has a price in seconds per token, the same for
 all (`price`): what every known request still has to wait, by the times of the planner, over the tokens it comes to
-have. Who is left waiting waits until the planner is asked again, and then the shortest go first; where no prefill is
-begun that would end, they preempt the batch where that costs least, or wait for an instance to come free. The cheapest
-plan is carried out; of equal ones the first, which is the elastic planner's own.
+have. Who is left waiting waits for instances to come free, those of a prefill or of a batch at its end, and then the
+shortest go first; or until they preempt a batch, where that costs less. The cheapest plan is carried out; of equal ones
+the first, which is the elastic planner's own.
 
-Seconds per token favour the short. So whoever is `overdue` goes first: of plans that begin the oldest one,
-the cheapest.
+Seconds per token favour the short. So of plans that begin the oldest request, once that is `overdue`, the cheapest is
+carried out, and whoever is overdue is computed beside a step whatever it costs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from infinillm.core.elastic.values import Plan, State, Waiting
 from infinillm.core.types import NodeId, SeqId
 
 QUICK = (0.1, 1.0)  # seconds of a prefill on one instance: where the quicker part of a queue may end
-STEPS = 1  # of decode, after which it is asked anew while requests wait
+STEPS = 4  # of decode, after which it is asked anew while requests wait
 TOLD = 32  # requests of the queue that a plan is made for: more do not make it better, and it takes longer
 EAGER = 1e6  # seconds, as good as for ever
 OVERDUE = 10.0, 10  # seconds, and times its quickest prefill, that a request may be passed over

@@ -1,15 +1,11 @@
-"""Lent blocks that are wanted back: when, from whom, and how they leave a borrower: pure functions.
+"""Lent blocks that are wanted back, and how they leave a borrower: pure functions. When they are: see `claims`.
 
-Theory of operation. A request that waits alone at its node, for lack of what the node lent, starves. After some time
-the node recalls what it is short of, the largest loans first, and lends nothing for a while. A request that gave way
-would do so for ever if it takes longer than that: what is lent for it from then on is wanted back later, twice as late
-each time (`undisturbed`).
-
-The borrower puts nothing new where blocks are wanted back, and what lies there comes home as far as there is room.
-Where there is none, blocks of home go to other lenders, so that there is; the room at both ends is kept for that. Where
-no lender has any either, the blocks are homeless, and others are asked for room. Many a sequence ends within a grace;
-after that, where nobody lends, the youngest that lies there gives way, and blocks that wait for tokens to come are let
-go of (at once, where home has room for these tokens). The block being written to moves once it is full.
+Theory of operation. The borrower puts nothing new where blocks are wanted back, and what lies there comes home as far
+as there is room. Where there is none, blocks of home go to other lenders, so that there is; the room at both ends is
+kept for that. Where no lender has any either, the blocks are homeless, and others are asked for room. Many a sequence
+ends within a grace; after that, where nobody lends, the youngest that lies there gives way, and blocks that wait for
+tokens to come are let go of (at once, where home has room for these tokens). The block being written to moves once it
+is full.
 """
 
 from __future__ import annotations
@@ -19,10 +15,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from infinillm.core.cost import Cost
 from infinillm.core.moves import Wish, ahead, pick
-from infinillm.core.pace import RECALL_AFTER_SECONDS
+from infinillm.core.pace import LEFT_ALONE_TIMES, RECALL_AFTER_SECONDS
 from infinillm.core.request import Sequence
-from infinillm.core.types import Layout, Loan, LoanId, Move, NodeId, SeqId, Stretch
+from infinillm.core.types import Layout, Move, NodeId, SeqId, Stretch
 
 RECALLED, ROOM = "recalled", "room for what is recalled"
 MOST_DOUBLED = 6
@@ -38,34 +35,15 @@ class Terms(NamedTuple):
 AT_ONCE = Terms(save=False, hold=0.0)
 
 
-class Starving(NamedTuple):
-    """The request that waits alone at a node, and `since` when it has been refused memory."""
+def undisturbed(tokens: int, preemptions: int, cost: Cost | None) -> float:
+    """Seconds for which nothing is wanted back of what is lent for a request of so many tokens that gave way so often.
 
-    seq: SeqId
-    since: float
-
-    def after(self, seq: SeqId, now: float) -> Starving:
-        """Once a request has been refused: that one, and since when."""
-        return self if seq == self.seq else Starving(seq, now)
-
-
-NOBODY = Starving("", 0.0)
-
-
-def wanted_from(loans: Iterable[Loan], blocks: int, recalled: Collection[LoanId]) -> list[tuple[Loan, int]]:
-    """Of whom so many blocks are wanted back: the largest loans first. `recalled` ones give what they owe already."""
-    found: list[tuple[Loan, int]] = []
-    for loan in sorted(loans, key=lambda loan: -loan.blocks):
-        asked = min(blocks, loan.blocks)
-        blocks -= asked
-        if asked > 0 and loan.id not in recalled:
-            found.append((loan, asked))
-    return found
-
-
-def undisturbed(preemptions: int) -> float:
-    """Seconds for which nothing is wanted back of what is lent for a request that gave way so often."""
-    return RECALL_AFTER_SECONDS * 2.0 ** min(preemptions, MOST_DOUBLED) if preemptions else 0.0
+    `cost`: of computing them, where that is known.
+    """
+    again = LEFT_ALONE_TIMES * cost.computing(tokens) if cost is not None else 0.0
+    if not preemptions and again <= RECALL_AFTER_SECONDS:
+        return 0.0
+    return max(again, RECALL_AFTER_SECONDS) * 2.0 ** min(preemptions, MOST_DOUBLED)
 
 
 @dataclass(frozen=True, slots=True)

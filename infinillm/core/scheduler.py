@@ -4,9 +4,10 @@ Running sequences come first, oldest first, then waiting ones as long as tokens,
 admitted whole: the blocks of all its tokens are reserved in one go, so two half-admitted prompts can never starve
 each other. One that was preempted comes back only when there is room for it to go on, twice as much each time, so
 that it is not thrown out for ever. The youngest gives way, one that outgrows home only where no other can: what it
-would have to compute again is much, and most of it lies elsewhere. Blocks are taken at home first, then on the nodes
-that already hold a part of the sequence, then where most is left. What lenders gave for sequences that outgrow home no
-other takes.
+would have to compute again is much, and most of it lies elsewhere. It does so once it has waited for blocks as long as
+that takes: whenever they come, waiting and computing again cost at most twice the cheaper of the two. A node to which
+nobody lends waits for nobody. Blocks are taken at home first, then on the nodes that already hold a part of the
+sequence, then where most is left. What lenders gave for sequences that outgrow home no other takes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
+from infinillm.core.cost import Cost
 from infinillm.core.layout import grown, uncovered
 from infinillm.core.recall import undisturbed
 from infinillm.core.request import Sequence, add, first_gap
@@ -39,13 +42,15 @@ class Here:
     own       blocks home has in all; a sequence that may come to need more outgrows it
     kept      blocks of home that are for somebody who saves up: only what runs already may take them
     saved     lenders whose blocks are for outgrown sequences only
-    patient   more blocks may still come (a loan is being asked for): wait rather than preempt
+    denied    seconds for which no more blocks were to be had; -inf: they may still come (a loan is being asked for)
+    cost      of computing, where it is known
     """
 
     own: int
     kept: int
     saved: Collection[NodeId]
-    patient: bool
+    denied: float
+    cost: Cost | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Match:
 
 
 NO_MATCH = Match()
+NEVER = inf  # since when blocks are denied that are not
 ROOM_AFTER_PREEMPTION = 32  # blocks, doubled before it is used
 ROOM_OUTGROWN = 4  # blocks
 MOST_AHEAD, FEW_AHEAD = 64, 4  # blocks asked for beyond what lacks now: for what outgrows home, and for all else
@@ -94,7 +100,13 @@ class Shortage(NamedTuple):
 
 
 def shortage(
-    step: Step, running: Seq[Sequence], waiting: Seq[Sequence], block_size: int, own: int, more: int
+    step: Step,
+    running: Seq[Sequence],
+    waiting: Seq[Sequence],
+    block_size: int,
+    own: int,
+    more: int,
+    cost: Cost | None,
 ) -> Shortage:
     """What to ask lenders for after a step.
 
@@ -106,9 +118,9 @@ def shortage(
     coming = sum(-(-(s.request.longest - s.length) // block_size) for s in growing)
     first = next((n for n, s in enumerate(waiting) if not s.preemptions), len(waiting))
     lacking = (s for s in (*running, *waiting[: first + 1]) if s.id not in computed)
-    outgrown = [(blocks, s.preemptions) for s in lacking if (blocks := -(-s.request.longest // block_size)) > own]
-    beyond = max(outgrown)[0] - own - more if outgrown else None
-    hold = undisturbed(max((times for _, times in outgrown), default=0))
+    outgrown = [(blocks, s) for s in lacking if (blocks := -(-s.request.longest // block_size)) > own]
+    beyond = max(blocks for blocks, _ in outgrown) - own - more if outgrown else None
+    hold = max((undisturbed(s.length, s.preemptions, cost) for _, s in outgrown), default=0.0)
     ahead = MOST_AHEAD if outgrown else FEW_AHEAD  # others that are idle now may be as busy in a moment
     return Shortage(step.short, step.short + min(coming, ahead), beyond, hold)
 
@@ -168,11 +180,13 @@ def schedule(
         if placed > start:
             chunks.append(Chunk(sequence.id, start, placed))
             tokens -= placed - start
-        elif not here.patient and not preempt:
+        elif here.denied >= 0 and not preempt:
             scheduled = {chunk.seq for chunk in chunks}
             idle = [s for s in reversed(running) if s.id not in scheduled]
             fits = [s for s in idle if s.request.longest <= here.own * size]
-            preempt.append((fits or idle)[0].id)
+            victim = (fits or idle)[0]
+            if len(left) == 1 or here.denied >= patience(victim, here.cost):
+                preempt.append(victim.id)
 
     admit: list[SeqId] = []
     reuse: list[Stretch] = []
@@ -207,6 +221,11 @@ def schedule(
             tokens -= stop - start
             seats -= 1
     return Step(step, tuple(chunks), tuple(grow), tuple(preempt), tuple(admit), tuple(reuse), short)
+
+
+def patience(sequence: Sequence, cost: Cost | None) -> float:
+    """Seconds to wait for blocks before a sequence gives way: those in which it would be computed again."""
+    return cost.computing(sequence.computed) if cost is not None else 0.0
 
 
 def barred(sequence: Sequence, here: Here, block_size: int) -> Collection[NodeId]:

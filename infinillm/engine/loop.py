@@ -5,7 +5,7 @@ a message in the inbox, taken between two steps; so sequences change in one thre
 is the only place where a decision changes sequences and books, `run` computes, `publish` tells. When a remote node is
 lost in the middle of a pass, nothing of that pass counts: the spans it held become holes, and the next step computes
 what is missing. Where blocks are short the loop asks the process to borrow and goes on with what it can; it preempts
-only when refused.
+only when refused, for some time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
+from infinillm.core.cost import Cost
 from infinillm.core.layout import filled, grown, plan, without
 from infinillm.core.pace import MOST_ADMITTED, MOST_REFUSED, RETRY_SECONDS
 from infinillm.core.request import FINISHED, MOVED, Request, Sequence, total
-from infinillm.core.scheduler import Budget, Here, Shortage, need, schedule, shortage
+from infinillm.core.scheduler import NEVER, Budget, Here, Shortage, need, schedule, shortage
 from infinillm.core.types import Grow, Layout, NodeId, Refused, SeqId, Span, Step, TokenLogprob
 from infinillm.engine.measures import count
 from infinillm.engine.messages import (
@@ -56,6 +57,7 @@ class Engine:
     publish  called with the outputs of a step, from the engine's thread
     borrow   called with a `shortage` of blocks, and the request that waits for them where nothing else runs; answers
              later with a Borrowed message
+    cost     of computing, where it is known
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class Engine:
         *,
         publish: Callable[[list[Output]], None],
         borrow: Callable[[Shortage, Request | None], None],
+        cost: Cost | None,
         metrics: Metrics,
     ):
         self.node, self.runner, self.memory, self.lenders, self.budget = node, runner, memory, lenders, budget
-        self.publish, self.borrow, self.metrics = publish, borrow, metrics
+        self.publish, self.borrow, self.cost, self.metrics = publish, borrow, cost, metrics
         self.attend = PooledAttention(node, memory, lenders, metrics)
         self.names = Names(node, memory, lenders)
         self.moves = Moves(node, memory, lenders, self.names, budget.moves, metrics)
@@ -89,7 +92,7 @@ class Engine:
         self._again: tuple[Grow, ...] = ()  # what nodes of a failed pass may not have heard
         self._asking = False
         self._ask_again = 0.0
-        self._denied, self._starved = False, 0  # wishes refused in a row while nothing ran
+        self._denied_since, self._starved = NEVER, 0  # wishes refused in a row while nothing ran
         self._stopping = self._handing_over = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -148,8 +151,7 @@ class Engine:
         except Exception as defect:  # noqa: BLE001  one request's data must not end everybody's engine
             self._give_up(step, defect)
             return False
-        self._failed = 0
-        self._again = ()
+        self._failed, self._again = 0, ()
         self.moves.switch(self.sequences)
         outputs = self.append(step, sampled, prompts)
         count(self.metrics, self.node, step, self.sequences, time.monotonic() - began)
@@ -162,7 +164,8 @@ class Engine:
         self._step += 1
         blocks, waiting = self.memory.blocks, self.waiting[:MOST_ADMITTED]
         room = self.moves.beside({self.node: blocks.room, **self.lenders.room()})
-        here = Here(blocks.count, self.memory.kept_back(time.monotonic()), self.lenders.saved, not self._denied)
+        kept, denied = self.memory.kept_back(now := time.monotonic()), now - self._denied_since
+        here = Here(blocks.count, kept, self.lenders.saved, denied, self.cost)
         return schedule(self._step, self.running, waiting, room, self.budget, here, self.names.match)
 
     def commit(self, step: Step) -> None:
@@ -237,9 +240,8 @@ class Engine:
 
     def hear(self, block: bool) -> None:
         """Hear every message there is; `block` waits for the first, where nothing can be computed until one comes."""
-        timeout = None
-        if self.sequences:
-            timeout = RETRY_SECONDS if self._asking else max(self._ask_again - time.monotonic(), 0.001)
+        waits = RETRY_SECONDS if self._asking else max(self._ask_again - time.monotonic(), 0.001)
+        timeout = waits if self.sequences else None
         try:
             while True:
                 self._hear(self.inbox.get(block=block, timeout=timeout))
@@ -266,10 +268,11 @@ class Engine:
                 if id in self.sequences:
                     self._finish(self.sequences[id], "cancelled")
             case Borrowed(answer, never):
-                self._asking, self._denied = False, isinstance(answer, Refused)
-                self.moves.hear_lent(self._denied)
+                self._asking, denied = False, isinstance(answer, Refused)
+                self._denied_since = min(self._denied_since, time.monotonic()) if denied else NEVER
+                self.moves.hear_lent(denied)
                 self._ask_again = time.monotonic() + RETRY_SECONDS
-                self._starved = self._starved + 1 if self._denied and not self.running else 0
+                self._starved = self._starved + 1 if denied and not self.running else 0
                 for sequence in self.waiting if self._starved > MOST_REFUSED else ():
                     self._release(sequence.id)  # what it keeps at other nodes may be all that others wait for
                     sequence.let_go()
@@ -291,7 +294,7 @@ class Engine:
     def _wish(self, step: Step) -> None:
         """Ask for room for what lenders want back, else for what the step was short of, and more for what grows."""
         short = bool(step.short or self.moves.homeless)
-        self._denied = self._denied and short
+        self._denied_since = self._denied_since if short else NEVER
         if not short or self._asking or time.monotonic() < self._ask_again:
             return
         self._asking = True
@@ -300,7 +303,7 @@ class Engine:
             return
         alone = self.waiting[0].request if self.waiting and not self.running else None
         blocks, size, more = self.memory.blocks, self.budget.block_size, self.lenders.borrowed - self.memory.blocks.lent
-        self.borrow(shortage(step, self.running, self.waiting, size, blocks.count, more), alone)
+        self.borrow(shortage(step, self.running, self.waiting, size, blocks.count, more, self.cost), alone)
 
     # --- ends ----------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from infinillm import wire
+from infinillm.core.claims import Claims
 from infinillm.core.layout import firsts
-from infinillm.core.pace import DOUBT_SECONDS, REST_SECONDS
+from infinillm.core.pace import DOUBT_SECONDS
 from infinillm.core.policy.saving import KEPT_SECONDS
-from infinillm.core.recall import wanted_from
 from infinillm.core.types import Loan, LoanId, Node, NodeId, Refused, Stretch, difference
 from infinillm.errors import BadRequest, DeadlineExceeded, NotFound, PortClosed, Stale
 from infinillm.pool.hear import Conversation, Holds, Name, Over, Release, Share, carry_out
@@ -36,7 +36,6 @@ from infinillm.telemetry import Metrics, log
 from infinillm.transport.lanes import Lanes, choose, host_key
 
 POOL = pb.DESCRIPTOR.services_by_name["PoolService"]
-MOST_HELD_SECONDS = 3600.0  # whatever a borrower asks for
 
 
 class PoolService:
@@ -61,9 +60,7 @@ class PoolService:
         self.clock, self.metrics, self.threads = clock, metrics, threads
         self.conversations: dict[str, Conversation] = {}
         self.incarnations: dict[NodeId, str] = {}  # of those who have a loan
-        self.rests_until = 0.0  # nothing is lent before that
-        self.recalls: dict[LoanId, tuple[int, float]] = {}  # to how many blocks a loan must shrink, and until when
-        self.held: dict[LoanId, float] = {}  # until when nothing of a loan is wanted back
+        self.claims = Claims()
         self.draining = False
 
     # --- lending -------------------------------------------------------------------------------------------------
@@ -84,10 +81,8 @@ class PoolService:
             loan, now = self.memory.blocks.loans.get(borrower), self.clock()
             if request.loan and (loan is None or loan.id != request.loan):
                 return pb.LendResponse(refused=f"{node}: the loan {request.loan} is over")
-            if loan is not None and loan.id in self.recalls:
-                return pb.LendResponse(refused=f"{node} wants blocks back from {borrower}")
-            if request.blocks and now < self.rests_until:
-                return pb.LendResponse(refused=f"{node} has just wanted blocks back for its own requests")
+            if reason := self.claims.refusal(loan, request.blocks, now):
+                return pb.LendResponse(refused=f"{node} {reason}")
             name = f"{node}>{borrower}#{secrets.token_hex(6)}"
             blocks = min(request.blocks, max(self.memory.blocks.offer, request.least or request.blocks))
             result = self.memory.blocks.lend(borrower, blocks, now + self.loan_seconds, name)
@@ -96,9 +91,7 @@ class PoolService:
                 self.memory.keep_back(lacking, now + KEPT_SECONDS)
             if not isinstance(result, Refused):
                 self.incarnations[borrower] = incarnation
-                if request.hold_seconds > 0:
-                    until = now + min(request.hold_seconds, MOST_HELD_SECONDS)
-                    self.held[result.id] = max(self.held.get(result.id, now), until)
+                self.claims = self.claims.lent(result.id, request.hold_seconds, now)
         if isinstance(result, Refused):
             log("refused", borrower=borrower, blocks=request.blocks, reason=result.reason)
             self.metrics.add("loan_operations_total", operation="refuse")
@@ -126,35 +119,22 @@ class PoolService:
             talk.news.put_nowait(pb.ConverseResponse(ending=True))
 
     def recall(self, blocks: int) -> None:
-        """Want so many blocks back, of the largest loans first, and keep them. Called from the event loop."""
+        """Want so many blocks back, and keep them. Called from the event loop."""
         with self.memory.lock:
             self.memory.keep_back(0, 0.0)
-            now = self.clock()
-            open_ = [loan for loan in self.memory.blocks.loans.values() if self.held.get(loan.id, now) <= now]
-            found = wanted_from(open_, blocks, self.recalls)
+            loans = self.memory.blocks.loans.values()
+            self.claims, found = self.claims.recall(loans, blocks, self.clock(), self.patience)
         for loan, asked in found:
-            self.recalls[loan.id] = (loan.blocks - asked, self.clock() + self.patience)
-            self.rests_until = self.clock() + REST_SECONDS
             log("recalled", loan=loan.id, borrower=loan.borrower, blocks=asked)
             self.metrics.add("loan_operations_total", operation="recall")
             for talk in self._talks(loan.borrower):
                 if talk.opened.is_set():  # else it will be said first
                     talk.news.put_nowait(pb.ConverseResponse(recalled=asked))
 
-    def wanted(self, loan: Loan) -> int:
-        """How many blocks of this loan were recalled and have not come yet."""
-        least, _ = self.recalls.get(loan.id, (loan.blocks, 0.0))
-        return max(loan.blocks - least, 0)
-
     def _wanted_from(self, borrower: NodeId) -> int:
         with self.memory.lock:
             loan = self.memory.blocks.loans.get(borrower)
-            return self.wanted(loan) if loan is not None else 0
-
-    def _late(self, loan: Loan, now: float) -> bool:
-        """Whether blocks of this loan were recalled and have not come in time."""
-        least, until = self.recalls.get(loan.id, (loan.blocks, now))
-        return loan.blocks > least and until <= now
+            return self.claims.wanted(loan) if loan is not None else 0
 
     def expire(self, grace: float) -> None:
         """End the loans nobody renewed; called every now and then. `grace`: seconds we were not there to hear.
@@ -169,14 +149,12 @@ class PoolService:
             loans = list(self.memory.blocks.loans.values())
             due = [
                 *self.memory.blocks.due(now),
-                *(loan for loan in loans if loan.until > now and self._late(loan, now)),
+                *(loan for loan in self.claims.late(loans, now) if loan.until > now),
             ]
             over = [loan for loan in due if not self._talks(loan.borrower)]
             for loan in over:
                 self.memory.blocks.give_back(loan.borrower)
-            large = {loan.id: loan.blocks for loan in self.memory.blocks.loans.values()}
-            self.recalls = {name: recall for name, recall in self.recalls.items() if large.get(name, 0) > recall[0]}
-            self.held = {name: until for name, until in self.held.items() if name in large}
+            self.claims = self.claims.after(self.memory.blocks.loans.values())
             self.incarnations = {b: i for b, i in self.incarnations.items() if b in self.memory.blocks.loans}
         for loan in due:
             for talk in self._talks(loan.borrower):

@@ -17,11 +17,12 @@ import torch
 from infinillm import config, rpc
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.claims import NOBODY
 from infinillm.core.names import Uses
-from infinillm.core.pace import IDLE_LOAN_SECONDS, RECALL_AFTER_SECONDS
+from infinillm.core.pace import IDLE_LOAN_SECONDS
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.policy.saving import TURN_SECONDS
-from infinillm.core.recall import AT_ONCE, NOBODY, Terms
+from infinillm.core.recall import AT_ONCE, Terms
 from infinillm.core.request import Request
 from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import DEVICE, HOST, Layout, Model, Node, NodeId, Refused, SeqId
@@ -68,7 +69,7 @@ class Worker:
     async def start(self) -> None:
         settings = self.settings
         self.loop = asyncio.get_running_loop()
-        cache = files.cache_folder(settings.cache_dir)
+        cache, self.cost = files.cache_folder(settings.cache_dir), config.cost(settings.profile)
         if settings.tier == HOST and not (settings.memory_only and settings.device != "cuda"):
             raise BadRequest(
                 "host memory is a CPU's and serves no model: --memory-only, not --device cuda", field="tier"
@@ -135,6 +136,7 @@ class Worker:
                 ),
                 publish=lambda outputs: self.shard.publish(outputs) if self.shard else None,
                 borrow=self._borrow,
+                cost=self.cost,
                 metrics=self.metrics,
             )
             self.shard = ShardService(
@@ -151,7 +153,6 @@ class Worker:
         port = await self.server.start()
         self.address = self.lanes.address = settings.advertise or f"{settings.host}:{port}"
         self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
-        self.cost = config.cost(settings.profile)
         self.membership = Membership(settings.controller, self.report, model, self.cost, self._obey)
         self.tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._tidy())]
         if settings.controller:
@@ -237,7 +238,7 @@ class Worker:
         layouts: Mapping[SeqId, Layout] = self.engine.load.layouts if self.engine is not None else {}
         with self.memory.lock:  # counts and loans of one moment
             loans = self.memory.blocks.loans.values()
-            lent = tuple(replace(loan, recalled=self.pool.wanted(loan)) for loan in loans)
+            lent = tuple(replace(loan, recalled=self.pool.claims.wanted(loan)) for loan in loans)
             return Report(self.node(), lent, layouts, frozenset(self.memory.blocks.marks))
 
     # --- sharing -------------------------------------------------------------------------------------------------
@@ -295,8 +296,8 @@ class Worker:
 
     def _starves(self, request: SeqId) -> bool:
         """Whether this request has been refused memory for so long that others have to give way."""
-        self.starving = self.starving.after(request, time.monotonic())
-        return time.monotonic() - self.starving.since >= RECALL_AFTER_SECONDS
+        self.starving = self.starving.after(request, now := time.monotonic())
+        return self.starving.long(now)
 
     def _obey(self, order: MoveBlocks, address: str) -> None:
         task = asyncio.create_task(self._move(order, address))
@@ -352,7 +353,9 @@ class Worker:
         m.set("loans", len(self.memory.blocks.loans), side="lender")
         m.set("loans", len(self.lenders.room()), side="borrower")
         with self.memory.lock:
-            m.set("recalled_blocks", sum(map(self.pool.wanted, self.memory.blocks.loans.values())), side="lender")
+            m.set(
+                "recalled_blocks", sum(map(self.pool.claims.wanted, self.memory.blocks.loans.values())), side="lender"
+            )
         m.set("moving_blocks", self.engine.load.moving if self.engine is not None else 0)
         m.set("missing_tokens", self.engine.load.missing if self.engine is not None else 0)
         m.set("requests_running", node.running)

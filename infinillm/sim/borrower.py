@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from infinillm.core.claims import NOBODY
 from infinillm.core.pace import IDLE_LOAN_SECONDS
 from infinillm.core.policy.orders import Offers
 from infinillm.core.policy.saving import TURN_SECONDS
-from infinillm.core.recall import NOBODY, Terms
-from infinillm.core.scheduler import Shortage
+from infinillm.core.recall import Terms
+from infinillm.core.scheduler import NEVER, Shortage
 from infinillm.core.types import Loan, NodeId, Refused, SeqId
 from infinillm.sim.around import Around
 
@@ -34,7 +35,8 @@ class Borrower:
         self.home, self.world = home, world
         self.accounts: dict[NodeId, Account] = {}
         self.saved_until = 0.0
-        self.asking = self.denied = False
+        self.asking = False
+        self.denied_since = NEVER
         self.ask_again = 0.0
         self.woken = 0.0  # the moment for which somebody is to wake the worker, so that it asks again
         self.refused = 0  # wishes in a row while nothing ran
@@ -53,7 +55,8 @@ class Borrower:
 
     def owed(self) -> dict[NodeId, int]:
         """How many blocks must come free before the lenders that want some back can have them."""
-        owed = {w.id: account.recalled - (loan.blocks - loan.used) for w, account, loan in self.loans()}
+        recalled = ((w, each.recalled, loan) for w, each, loan in self.loans() if each.recalled)
+        owed = {w.id: wanted - (loan.blocks - loan.used) for w, wanted, loan in recalled}
         return {node: blocks for node, blocks in owed.items() if blocks > 0}
 
     @property

@@ -30,7 +30,7 @@ from infinillm.core.scheduler import Budget, Here, Match, need, schedule
 from infinillm.core.types import Chunk, Grow, NodeId, SeqId, Span, Step
 from infinillm.sim import names
 from infinillm.sim.around import Around
-from infinillm.sim.asking import wish
+from infinillm.sim.asking import still, wish
 from infinillm.sim.borrower import Account, Borrower
 from infinillm.sim.hardware import Site
 from infinillm.sim.lender import Lender
@@ -64,11 +64,12 @@ class Worker:
         self.prompts = self.output = 0  # tokens of prompts whose answer has begun, and of answers
         self._uses = Uses(KEPT_USES)
         self._version = 0
+        self._seen: tuple[object, Step] = object(), Step(0)  # what was decided on last (`still`), and what
 
     @property
     def quiet(self) -> bool:
         """Whether nothing can change here but from outside."""
-        return not (self.sequences or self.borrower.accounts or self.blocks.loans or self.lender.recalls)
+        return not (self.sequences or self.borrower.accounts or self.blocks.loans or self.lender.claims.recalls)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -240,16 +241,20 @@ class Worker:
     def begin(self) -> None:
         if self.dead or self.going is not None or not self.sequences:
             return
+        if (seen := still(self)) == self._seen[0]:
+            wish(self, self._seen[1])
+            return
         for seq in self.moves.repay(self.running):
             self.preempt(self.sequences[seq])
         room = beside({self.id: self.blocks.room, **self.borrower.room()}, self.moves.wishes)
         now, kept = self.world.now, self.lender.kept_back(self.world.now)
-        here = Here(self.blocks.count, kept, self.borrower.saved, not self.borrower.denied)
+        here = Here(self.blocks.count, kept, self.borrower.saved, now - self.borrower.denied_since, self.cost)
         step = schedule(0, self.running, self.waiting[:MOST_ADMITTED], room, self.budget, here, self._match)
         self._commit(step)
         if step.chunks:
             self.moves.reserve(self.running)
         wish(self, step)
+        self._seen = seen, step
         if step.chunks:
             decodes = all(chunk.start == self.sequences[chunk.seq].length - 1 for chunk in step.chunks)
             times, grows = self._alike(step, here) if decodes and not self.moves.busy else (1, [])

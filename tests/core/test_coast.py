@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ def one_by_one(run: list[Sequence], room: dict[str, int], here: Here, steps: int
 def test_steps_at_a_time_are_those_of_the_scheduler(run: list[Sequence], data: st.DataObject) -> None:
     room = {node: data.draw(st.integers(0, 12), label=node) for node in NODES[: data.draw(st.integers(1, 4))]}
     saved = data.draw(st.sets(st.sampled_from("abc")), label="saved")
-    here = Here(data.draw(st.integers(1, 30), label="own"), 0, saved, True)
+    here = Here(data.draw(st.integers(1, 30), label="own"), 0, saved, -inf, None)
     steps, told = coast(run, room, here, SIZE)
     most = min(s.request.sampling.max_tokens for s in run)
     assert 1 <= steps <= most
@@ -69,7 +70,7 @@ def test_steps_at_a_time_are_those_of_the_scheduler(run: list[Sequence], data: s
 def test_it_ends_where_a_block_is_not_to_be_had() -> None:
     s = running("s", 9, 8, room=12)
     s.request = replace(s.request, sampling=Sampling(max_tokens=50))
-    here = Here(100, 0, (), True)
+    here = Here(100, 0, (), -inf, None)
     assert coast([s], {"home": 0}, here, SIZE) == (4, [])
     assert coast([s], {"home": 0, "a": 2}, here, SIZE) == (12, [(4, Grow("s", "a", 12, 1)), (8, Grow("s", "a", 16, 1))])
     assert coast([s], {"home": 1, "a": 1}, here, SIZE) == (8, [])

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 
+from infinillm.core import claims
 from infinillm.core.cost import Cost, Curve, Link
 from infinillm.core.ledger import Report, rebuild
 from infinillm.core.policy import POLICIES, saving
 from infinillm.core.policy.orders import MoveBlocks
 from infinillm.core.policy.saving import NOBODY, TURN_SECONDS, Turn
+from infinillm.core.recall import undisturbed
 from infinillm.core.scheduler import Budget
 from infinillm.core.types import Grow, Ledger, Loan, Node, NodeId, Refused
-from infinillm.sim import asking
 from infinillm.sim.hardware import Cluster, Site
 from infinillm.sim.simulation import Ending, Simulation
 from tests.core.test_cost import LLAMA_H100
@@ -83,9 +84,14 @@ def test_memory_that_is_wanted_back_sooner_serves_less(monkeypatch: pytest.Monke
     """As real workers had it: after 30, 45 and 60 seconds, 1.14, 1.33 and 2.17 times as much as without lending."""
     rates = []
     for after in (20.0, 60.0):
-        monkeypatch.setattr(asking, "RECALL_AFTER_SECONDS", after)
+        monkeypatch.setattr(claims, "RECALL_AFTER_SECONDS", after)
         rates.append(served("proactive", LONGS, 1000.0))
     assert rates[1] >= 1.1 * rates[0], rates
+
+
+def test_the_long_prompts_of_this_mix_are_computed_too_soon_to_be_left_alone_for_longer() -> None:
+    longest = int(max(SHARES) * KV_BLOCKS) * BLOCK
+    assert undisturbed(longest, 0, SMALL) == 0.0 < undisturbed(8 * longest, 0, SMALL)
 
 
 # --- each decision ---------------------------------------------------------------------------------------------------
@@ -159,10 +165,10 @@ def test_what_was_saved_up_for_has_room_to_go_on() -> None:
 def test_what_outgrows_home_gives_way_last() -> None:
     old, small, large = running("old", 9, 8), running("small", 9, 8, room=8), running("large", 80, 79, room=80)
     room = {"home": 0, "lender": 0}
-    assert decide(run=[old, small, large], room=room, own=10, patient=False).preempt == ("small",)
-    assert decide(run=[old, large], room={"home": 0}, own=10, patient=False).preempt == ()
+    assert decide(run=[old, small, large], room=room, own=10, denied=0.0).preempt == ("small",)
+    assert decide(run=[old, large], room={"home": 0}, own=10, denied=0.0).preempt == ()
     thirsty = running("thirsty", 81, 80, room=80)
-    assert decide(run=[old, thirsty], room={"home": 0}, own=10, patient=False).preempt == ("thirsty",)
+    assert decide(run=[old, thirsty], room={"home": 0}, own=10, denied=0.0).preempt == ("thirsty",)
 
 
 def test_what_is_kept_for_one_who_saves_up_is_for_what_runs_already() -> None:

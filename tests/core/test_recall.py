@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from infinillm.core.moves import Wish
-from infinillm.core.recall import NOBODY, RECALLED, ROOM, Repayment, beside, repay, wanted_from
+from infinillm.core.recall import RECALLED, ROOM, Repayment, beside, repay
 from infinillm.core.request import Sequence
-from infinillm.core.types import Loan, Move, Span
+from infinillm.core.types import Move, Span
 from tests.core.test_scheduler import SIZE, running
 
 
@@ -28,19 +28,6 @@ def back(
     wishes: tuple[Wish, ...] = (),
 ) -> Repayment:
     return repay(run, {"there": owed}, ["there"] if late else [], wishes, {**room, "there": 0}, most, refused, SIZE)
-
-
-def test_what_is_wanted_comes_of_the_largest_loans_and_not_twice() -> None:
-    loans = [Loan("small", "a", "b", 3, 1.0), Loan("large", "a", "c", 9, 1.0), Loan("none", "a", "d", 0, 1.0)]
-    assert wanted_from(loans, 10, ()) == [(loans[1], 9), (loans[0], 1)]
-    assert wanted_from(loans, 10, ("large",)) == [(loans[0], 1)], "the rest has been asked for"
-    assert wanted_from(loans, 0, ()) == []
-
-
-def test_another_request_that_starves_begins_anew() -> None:
-    one = NOBODY.after("s", 5.0)
-    assert one.after("s", 9.0) == one == ("s", 5.0)
-    assert one.after("t", 9.0) == ("t", 9.0)
 
 
 def test_it_comes_home_as_far_as_there_is_room() -> None:

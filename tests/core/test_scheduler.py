@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infinillm.core.cost import Cost, Curve
 from infinillm.core.layout import grown, reserved, uncovered
-from infinillm.core.pace import RECALL_AFTER_SECONDS
+from infinillm.core.pace import LEFT_ALONE_TIMES, RECALL_AFTER_SECONDS
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import FEW_AHEAD, Budget, Here, Match, schedule, shortage
 from infinillm.core.types import Chunk, Grow, Span, Stretch
+from tests.core.test_cost import LLAMA_H100
 
 SIZE = 4
 BUDGET = Budget(tokens=16, sequences=4, block_size=SIZE)
@@ -18,6 +23,11 @@ BUDGET = Budget(tokens=16, sequences=4, block_size=SIZE)
 def sequence(id: str, tokens: int, max_tokens: int = 8, arrival: float = 0.0) -> Sequence:
     prompt = tuple(range(tokens))
     return Sequence(Request(id, prompt, Sampling(max_tokens=max_tokens), arrival), list(prompt))
+
+
+def computing(tokens: int, seconds: float) -> Cost:
+    """Where so many tokens take so long to compute."""
+    return replace(LLAMA_H100, prefill=Curve(((0.0, 0.0), (float(tokens), seconds))))
 
 
 def running(
@@ -30,8 +40,8 @@ def running(
     return s
 
 
-def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, patient=True, own=100, saved=(), kept=0):
-    found, here = matches or {}, Here(own, kept, saved, patient)
+def decide(run=(), wait=(), room=None, budget=BUDGET, matches=None, denied=-inf, own=100, saved=(), kept=0, cost=None):
+    found, here = matches or {}, Here(own, kept, saved, denied, cost)
     room = room or {"home": 100}
     return schedule(1, list(run), list(wait), room, budget, here, lambda s: found.get(s.id, Match()))
 
@@ -65,7 +75,16 @@ def test_short_of_blocks_it_waits_while_patient_and_preempts_the_youngest_when_n
     run = [running("old", 9, 8, room=8), running("young", 9, 8, room=8)]
     patient = decide(run=run, room={"home": 0})
     assert patient.chunks == () and patient.preempt == () and patient.short == 2
-    assert decide(run=run, room={"home": 0}, patient=False).preempt == ("young",)
+    assert decide(run=run, room={"home": 0}, denied=0.0).preempt == ("young",)
+
+
+def test_it_waits_as_long_as_who_gives_way_would_take_to_be_computed_again():
+    run, cost = [running("old", 9, 8, room=8), running("young", 5, 4, room=4)], computing(4, 3.0)
+    room = {"home": 0, "a": 0}
+    for denied, gone in ((-inf, ()), (0.0, ()), (2.9, ()), (3.0, ("young",))):
+        assert decide(run=run, room=room, denied=denied, cost=cost).preempt == gone
+    assert decide(run=run[:1], room=room, denied=3.0, cost=cost).preempt == (), "it has more to lose"
+    assert decide(run=run, room={"home": 0}, denied=0.0, cost=cost).preempt == ("young",), "nobody lends"
 
 
 def test_one_that_cannot_go_on_does_not_stop_the_others():
@@ -119,7 +138,7 @@ def test_any_run_stays_within_room_and_budget_and_everyone_finishes(data):
     for number in range(2000):
         if not waiting and not run:
             break
-        step = schedule(number, run, waiting, left, BUDGET, Here(1000, 0, (), False), lambda _: Match())
+        step = schedule(number, run, waiting, left, BUDGET, Here(1000, 0, (), 0.0, None), lambda _: Match())
         assert sum(c.stop - c.start for c in step.chunks) <= BUDGET.tokens
         assert len({c.seq for c in step.chunks}) == len(step.chunks)
         assert not {c.seq for c in step.chunks} & set(step.preempt)
@@ -158,9 +177,9 @@ def test_what_lies_beyond_home_is_asked_for_also_while_those_that_gave_way_stand
     gave_way, large, small = sequence("gave way", 8), sequence("large", 80), sequence("small", 8)
     gave_way.preemptions = 1
     step = decide(wait=[gave_way, large], room={"home": 1}, own=10)
-    assert shortage(step, [], [gave_way, large], SIZE, 10, 3).beyond == 22 - 10 - 3
-    assert shortage(step, [], [small, large], SIZE, 10, 3).beyond is None, "it is not its turn yet"
-    assert shortage(step, [], [gave_way], SIZE, 10, 3).beyond is None
+    assert shortage(step, [], [gave_way, large], SIZE, 10, 3, None).beyond == 22 - 10 - 3
+    assert shortage(step, [], [small, large], SIZE, 10, 3, None).beyond is None, "it is not its turn yet"
+    assert shortage(step, [], [gave_way], SIZE, 10, 3, None).beyond is None
 
 
 def test_what_outgrows_home_and_gave_way_is_to_be_left_alone_twice_as_long_each_time():
@@ -169,7 +188,9 @@ def test_what_outgrows_home_and_gave_way_is_to_be_left_alone_twice_as_long_each_
 
     def hold(times: int) -> float:
         large.preemptions = times
-        return shortage(decide(wait=[small, large], room={"home": 1}, own=10), [], [small, large], SIZE, 10, 0).hold
+        return shortage(
+            decide(wait=[small, large], room={"home": 1}, own=10), [], [small, large], SIZE, 10, 0, None
+        ).hold
 
     assert hold(0) == 0.0
     assert [hold(times) / hold(times - 1) for times in (2, 3)] == [2.0, 2.0]
@@ -177,11 +198,27 @@ def test_what_outgrows_home_and_gave_way_is_to_be_left_alone_twice_as_long_each_
     assert hold(1000) < float("inf")
 
 
+def test_what_takes_long_to_compute_again_is_to_be_left_alone_for_several_times_as_long_from_the_first():
+    large = sequence("large", 80)
+    step = decide(wait=[large], room={"home": 1}, own=10)
+
+    def hold(quicker: float, times: int) -> float:
+        large.preemptions = times
+        slow = computing(80, 20.0 / quicker)
+        return shortage(step, [], [large], SIZE, 10, 0, slow).hold
+
+    assert hold(1.0, 0) == LEFT_ALONE_TIMES * 20.0
+    assert hold(1.0, 2) == 4 * hold(1.0, 0)
+    assert hold(4.0, 0) == 0.0, "no longer than a recall waits anyway"
+    assert hold(4.0, 1) == 2 * RECALL_AFTER_SECONDS
+    assert shortage(step, [], [large], SIZE, 40, 0, computing(80, 99.0)).hold == 0.0, "home could hold it"
+
+
 def test_little_is_borrowed_ahead_for_what_home_could_hold():
     crowd = [sequence(str(n), 24, max_tokens=40) for n in range(9)]
     step = decide(wait=crowd, room={"home": 1}, own=20)
     assert step.short == 5
-    assert shortage(step, [], crowd, SIZE, 20, 0).wanted == 5 + FEW_AHEAD
-    assert shortage(step, [], crowd, SIZE, 15, 0).wanted == 5 + 10, (
+    assert shortage(step, [], crowd, SIZE, 20, 0, None).wanted == 5 + FEW_AHEAD
+    assert shortage(step, [], crowd, SIZE, 15, 0, None).wanted == 5 + 10, (
         "all that it may come to need, where it outgrows home"
     )

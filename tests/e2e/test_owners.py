@@ -33,13 +33,13 @@ def test_an_owner_that_is_killed(pool: Cluster, more: dict[str, Any]) -> None:
         whole.finish()
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, COUNT, **more) as stream:
-        stream.read(20)
+        stream.read(5)
         home = pool.placement(stream.id)["node"]
         pool.workers[home].kill()
         got = stream.finish()
     (event,) = resubmitted(pool)[already:]
     assert (event["node"], event["request"]) == (home, f"{got.id}-0")
-    assert 20 <= event["tokens"] < COUNT
+    assert 5 <= event["tokens"] < COUNT
     assert (got.error, got.finish_reason, len(got.tokens)) == (None, "length", COUNT)
     assert got.tokens == whole.tokens
     assert stream.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
@@ -52,7 +52,7 @@ def test_an_owner_that_stands_still_is_noticed_and_says_nothing_when_it_wakes(po
     prompt, want = truth(LENGTH, 32, COUNT)
     already = len(resubmitted(pool))
     with client.streaming(pool.url, prompt, COUNT) as stream:
-        stream.read(20)
+        stream.read(5)
         home = pool.placement(stream.id)["node"]
         pool.workers[home].signal(signal.SIGSTOP)
         try:
@@ -75,7 +75,7 @@ def test_an_owner_that_is_told_to_end_hands_over_with_all_it_has(pool: Cluster) 
     already = len(resubmitted(pool))
     before = {name: computed(pool, name) for name in pool.workers}
     with client.streaming(pool.url, prompt, COUNT) as stream:
-        stream.read(20)
+        stream.read(5)
         home = pool.workers[pool.placement(stream.id)["node"]]
         others = [name for name in pool.workers if name != home.name]
         home.signal(signal.SIGTERM)

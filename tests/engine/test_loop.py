@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,18 +10,22 @@ import torch
 
 from infinillm.attention.store import Store
 from infinillm.core.blocks import Blocks
+from infinillm.core.cost import Cost
 from infinillm.core.pace import MOST_REFUSED
 from infinillm.core.request import Request, Sampling
 from infinillm.core.scheduler import Budget, Shortage
 from infinillm.core.types import AttentionShape, Refused, Span
+from infinillm.engine import loop
 from infinillm.engine.loop import Engine
 from infinillm.engine.messages import Borrowed, Cancel, Output, Pass, Submit
 from infinillm.errors import InfinillmError, Overloaded, Unavailable
 from infinillm.kernels import reference
 from infinillm.model.sampler import Choice
 from infinillm.pool.borrow import Lenders
+from infinillm.pool.lender import Lender
 from infinillm.pool.memory import Memory
 from infinillm.telemetry import Metrics
+from tests.core.test_scheduler import computing
 
 SHAPE = AttentionShape(1, 1, 8, 4, "float32", 1.0, (0,))
 
@@ -43,7 +48,7 @@ class Sum:
 class Bench:
     """One engine, turned by hand."""
 
-    def __init__(self, blocks: int = 8, tokens: int = 16, sequences: int = 4):
+    def __init__(self, blocks: int = 8, tokens: int = 16, sequences: int = 4, cost: Cost | None = None):
         self.published: list[Output] = []
         self.wishes: list[tuple[Shortage, Request | None]] = []
         metrics = Metrics("worker", node="a")
@@ -58,6 +63,7 @@ class Bench:
             Budget(tokens, sequences, 4),
             publish=self.published.extend,
             borrow=lambda *wish: self.wishes.append(wish),
+            cost=cost,
             metrics=metrics,
         )
 
@@ -201,6 +207,28 @@ def test_the_youngest_gives_way_when_borrowing_is_refused_and_comes_back():
     alone.turn(12)
     assert alone.of("young") == b.of("young")
     assert 'infinillm_preemptions_total{node="a"} 1.0' in b.engine.metrics.exposition().decode()
+
+
+def test_nobody_gives_way_while_waiting_is_cheaper_than_computing_again(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    b = Bench(blocks=8, cost=computing(16, 9.0))
+    b.engine.lenders.accounts["b"] = Lender("b", "b:1", "b>a#1", 0)
+    b.submit("old", [1] * 12, max_tokens=16)
+    b.submit("young", [1] * 16, arrival=1.0, max_tokens=12)
+    b.turn(3)
+    assert b.wishes and b.engine.load.running == 2
+
+    def refused(seconds: float) -> int:
+        nonlocal now
+        now += seconds
+        b.engine.inbox.put(Borrowed(Refused("no")))
+        b.turn(2)
+        return b.engine.load.waiting
+
+    assert [refused(0.0), refused(8.9), refused(0.1)] == [0, 0, 1]
+    b.turn(40)
+    assert len(b.of("old")[0]) - 4 == len(b.of("young")[0]) == 12
 
 
 def test_stopping_fails_what_was_running_with_a_reason():

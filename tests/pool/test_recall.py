@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from infinillm.core.pace import REST_SECONDS
+from infinillm.core.claims import Claims
+from infinillm.core.pace import MOST_HELD_SECONDS, REST_SECONDS
 from infinillm.core.types import Span
-from infinillm.pool.answer import MOST_HELD_SECONDS, PoolService
+from infinillm.pool.answer import PoolService
 from tests import tiny
 from tests.cluster import Cluster
 from tests.pool.test_fences import lend, lending
@@ -79,7 +81,7 @@ def test_what_is_used_moves_home_and_nothing_is_computed_twice():
         assert layout(cluster)[0] == Span("a", 0, 80 + 6 * 8) and cluster.home.lenders.owed() == {}
         assert lent(cluster) == 4 and moved(cluster, "home") == 6 * 8
         cluster.peers["b"].service.expire(1e-9)
-        assert not cluster.peers["b"].service.recalls and lent(cluster) == 4
+        assert not cluster.peers["b"].service.claims.recalls and lent(cluster) == 4
         agree(cluster.finish()["s"], truth("llama"))
         assert counted(cluster, "infinillm_step_tokens_sum") == LENGTH + OUTPUT - 1
         assert counted(cluster, "infinillm_preemptions_total") == 0
@@ -166,7 +168,7 @@ def test_room_for_what_is_recalled_is_not_given_to_who_waits():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(seed, monkeypatch):
-    monkeypatch.setattr("infinillm.pool.answer.REST_SECONDS", 0.0)
+    monkeypatch.setattr("infinillm.core.claims.REST_SECONDS", 0.0)
     """Every few steps one of three lenders recalls some; others have room, mostly; each gets its own back in time."""
     draw, lengths = random.Random(seed), {"s": (LENGTH, 1), "t": (70, 2), "u": (45, 3)}
     with Cluster(decoder("llama"), {"a": 12, "b": 16, "c": 16, "d": 16}, step_tokens=48, moves=32) as cluster:
@@ -181,7 +183,7 @@ def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(see
                 peer.memory.blocks.check()
                 if id in waited:
                     peer.service.expire(0.0)
-                    waited[id] = waited[id] + 1 if peer.service.recalls else 0
+                    waited[id] = waited[id] + 1 if peer.service.claims.recalls else 0
             assert max(waited.values()) < 80, waited
             if not any(waited.values()) and draw.random() < 0.3:
                 peer = cluster.peers[draw.choice("bcd")]
@@ -193,7 +195,7 @@ def test_lenders_want_their_memory_back_again_and_again_and_no_token_changes(see
             agree(outputs[id], truth("llama", length, OUTPUT, each))
         assert moved(cluster, "home") > 50
         for peer in cluster.peers.values():
-            peer.service.recalls.clear()
+            peer.service.claims = Claims()
         cluster.settle()
 
 
@@ -224,7 +226,7 @@ def test_a_borrower_that_returns_nothing_loses_its_loan_and_only_what_was_recall
         await lend(client, "1", other.id, "c")
         service.recall(4)
         service.recall(4)
-        assert set(service.recalls) == {other.id}
+        assert set(service.claims.recalls) == {other.id}
         refused = (await lend(client, "1", other.id, "c")).refused
         assert refused == "b wants blocks back from c"
         now += service.patience - 1
@@ -232,7 +234,7 @@ def test_a_borrower_that_returns_nothing_loses_its_loan_and_only_what_was_recall
         assert set(service.memory.blocks.loans) == {"a", "c"}
         now += 1
         service.expire(0.0)
-        assert [loan.id for loan in service.memory.blocks.loans.values()] == [one.id] and service.recalls == {}
+        assert [loan.id for loan in service.memory.blocks.loans.values()] == [one.id] and service.claims.recalls == {}
 
     lending(test)
 
@@ -264,7 +266,7 @@ def test_what_was_wanted_back_is_not_lent_again_at_once():
         assert "just wanted blocks back" in (await lend(client, "1", borrower="c")).refused
         now += REST_SECONDS
         service.recall(0)
-        assert service.rests_until == now, "nothing was wanted"
+        assert service.claims.rests_until == now, "nothing was wanted"
         assert (await lend(client, "1", borrower="c")).loan.blocks == loan.blocks
 
     lending(test)
@@ -277,24 +279,24 @@ def test_what_is_lent_for_a_request_that_gave_way_is_not_wanted_back_for_so_long
         loan = (await lend(client, "1", hold=30.0)).loan
         other = (await lend(client, "1", borrower="c")).loan
         service.recall(2)
-        assert service.recalls.keys() == {other.id}, "the other loan has what is wanted, and may be disturbed"
-        service.recalls, service.rests_until = {}, 0.0
+        assert service.claims.recalls.keys() == {other.id}, "the other loan has what is wanted, and may be disturbed"
+        service.claims = replace(service.claims, recalls={}, rests_until=0.0)
         await lend(client, "1", loan.id, hold=5.0)
         now += 29.0
         service.recall(2)
-        assert service.recalls.keys() == {other.id}, "what was said first still counts"
+        assert service.claims.recalls.keys() == {other.id}, "what was said first still counts"
         now += 2.0
-        service.recalls = {}
+        service.claims = replace(service.claims, recalls={})
         service.recall(2)
-        assert service.recalls.keys() == {loan.id}, "it is the larger one"
-        service.rests_until = 0.0
+        assert service.claims.recalls.keys() == {loan.id}, "it is the larger one"
+        service.claims = replace(service.claims, rests_until=0.0)
         for said in (-1.0, float("nan"), float("inf")):
-            assert service.held.keys() == {loan.id}
+            assert service.claims.held.keys() == {loan.id}
             forever = (await lend(client, "1", borrower="d", hold=said)).loan
-        assert service.held[forever.id] == now + MOST_HELD_SECONDS
+        assert service.claims.held[forever.id] == now + MOST_HELD_SECONDS
         await asyncio.to_thread(service.memory.blocks.give_back, "d")
         service.expire(0.0)
-        assert forever.id not in service.held and loan.id in service.held
+        assert forever.id not in service.claims.held and loan.id in service.claims.held
 
     lending(test)
 

@@ -16,7 +16,7 @@ def wanted(cluster: Cluster) -> tuple[list[int], float]:
     """Blocks wanted back, by the lender's books of its loans and by the borrower's metric."""
     lender = cluster.peers["b"]
     cluster.home.lenders.measure()
-    loans = [lender.service.wanted(loan) for loan in lender.memory.blocks.loans.values()]
+    loans = [lender.service.claims.wanted(loan) for loan in lender.memory.blocks.loans.values()]
     return loans, counted(cluster, 'infinillm_recalled_blocks{node="a",side="borrower"}')
 
 

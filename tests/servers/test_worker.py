@@ -42,7 +42,7 @@ def test_what_a_worker_tells_of_itself() -> None:
     blocks.lend("b", 7, 99.0, "a>b")
     made.address, made.metrics = "127.0.0.1:1", Metrics("worker", node="a")
     made.memory = SimpleNamespace(blocks=blocks, lock=RLock())
-    made.pool = SimpleNamespace(wanted=lambda loan: 2)
+    made.pool = SimpleNamespace(claims=SimpleNamespace(wanted=lambda loan: 2))
     made.lenders = SimpleNamespace(borrowed=0, room=dict, measure=lambda: None)
     made.engine = SimpleNamespace(load=Load(running=1, lost=64, repaired=48, missing=16, moving=5))
     node, (loan,) = made.report().node, made.report().lent

@@ -33,12 +33,7 @@ class Site:
 
     def rate(self, block_size: int) -> float:
         """Tokens per second, once those who come are in the batch."""
-        rows = self.running + self.coming
-        if not rows:
-            return 0.0
-        local = (self.held + self.coming * self.each) * block_size
-        answers = [cost.answer(len(seqs), tokens) for cost, seqs, tokens in self.away.values()]
-        return rows / (self.cost.decode_step(rows, local, answers) + self.cost.attend(self.lent * block_size))
+        return lending_rates(self, block_size)(0)
 
 
 def lending_rates(site: Site, block_size: int) -> Callable[[int], float]:
