@@ -127,7 +127,7 @@ def test_refusals_say_what_was_needed_and_what_there_is() -> None:
     )
     assert POOLED.route(three, 5000, 9000, 16, ()) == Refused(
         "the request needs 563 blocks (9,000 tokens, 16 per block); "
-        "policy pooled offers 448 on 3 workers, so at most 7,168 tokens"
+        "the pool offers 448 on 3 workers, so at most 7,168 tokens"
     )
     assert POOLED.route(three, 10, 20, 16, ("a", "b", "c")) == Refused("no worker is ready to serve besides a, b, c")
     assert POOLED.route(ledger(), 10, 20, 16, ()) == Refused("no worker is ready to serve")

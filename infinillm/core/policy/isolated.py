@@ -44,7 +44,7 @@ def _routed(
     offered = max((node.blocks for node in nodes), default=0)
     if not nodes or offered >= need:
         return nobody(exclude)
-    return too_long(NAME, longest_tokens, block_size, offered, "one worker")
+    return too_long(f"policy {NAME}", longest_tokens, block_size, offered, "one worker")
 
 
 def _fewest(nodes: Iterable[Node], exclude: Collection[NodeId]) -> NodeId | None:

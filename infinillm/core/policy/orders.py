@@ -84,11 +84,11 @@ def in_roomiest_place(ledger: Ledger, nodes: Iterable[Node], exclude: Collection
     return [node for node in asked if room[node.place] == best]
 
 
-def too_long(policy: str, tokens: int, block_size: int, offered: int, where: str) -> Refused:
+def too_long(who: str, tokens: int, block_size: int, offered: int, where: str) -> Refused:
     """The refusal of a request that no node could serve; people read it."""
     return Refused(
         f"the request needs {blocks_for(tokens, block_size):,} blocks ({tokens:,} tokens, {block_size} per block); "
-        f"policy {policy} offers {offered:,} on {where}, so at most {offered * block_size:,} tokens"
+        f"{who} offers {offered:,} on {where}, so at most {offered * block_size:,} tokens"
     )
 
 

@@ -48,7 +48,7 @@ def route(
     if not nodes or offered >= need:
         return nobody(exclude)
     count = sum(not node.draining for node in ledger.nodes.values())
-    return too_long(NAME, longest_tokens, block_size, offered, counted(count, "worker"))
+    return too_long("the pool", longest_tokens, block_size, offered, counted(count, "worker"))
 
 
 def reach(ledger: Ledger, node: NodeId, block_size: int) -> int:
