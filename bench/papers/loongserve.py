@@ -17,7 +17,7 @@ from infinillm.sim.traffic import workload
 BLOCK, DTYPE, MOVES = 16, "float16", 16
 ROWS = 1024  # requests at once, as in the artifact's scripts
 LEND, BEAT = 0.9, 0.5
-SECONDS, MOST = 150, 20_000  # of arrivals in a run, and requests: the runs of the artifact are 1,000 s
+SECONDS, MOST = 1000, 20_000  # of arrivals in a run, as in the artifact; and requests
 LEAST, QUICK = 200, 60  # requests
 BUDGET = Budget(worlds.CHUNK, ROWS, BLOCK, MOVES)
 Say = Callable[[str], None]
@@ -62,18 +62,22 @@ def rates(quick: bool, say: Say) -> Iterator[Row]:
                 rate: float, name: str = name, place: str = place, each: Set = each, system: str = system
             ) -> float:
                 say(f"{each.name}, {system} at {rate:.3g} a second")
-                return 1e3 * per_token(name, place, size, BUDGET, each.trace, rate, quick)
+                return 1e3 * per_token(name, place, size, BUDGET, each.trace, rate, requests(rate, SECONDS, quick))
 
             found = highest(latency, each.limit, paper)
             if found < float("inf"):
                 yield Row(each.name, system, "requests/s", one(paper), found, PREDICTED)
 
 
-def per_token(policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, quick: bool) -> float:
+def requests(rate: float, seconds: float, quick: bool) -> int:
+    """So many that they come for so long, but neither few nor very many."""
+    return QUICK if quick else min(max(round(rate * seconds), LEAST), MOST)
+
+
+def per_token(policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int) -> float:
     """Mean seconds a token, of prompt and output; infinite where some are refused."""
     world = worlds.world(policy, place, size, budget, lend_fraction=LEND, beat_seconds=BEAT)
     tally = Tally()
-    count = QUICK if quick else min(max(round(rate * SECONDS), LEAST), MOST)
     world.play(workload(trace, rate=rate, seed=SEED, count=count), tally.add)
     while world.busy and world.clock.step(float("inf")):
         pass

@@ -40,6 +40,7 @@ SETS = (
     Set("Swings", "swings", 50, 2048, 16.0),  # ours, and the limits too
     Set("Long and swings", "long-and-swings", 50, 2048, 4.0),
 )
+SECONDS = 150.0  # of arrivals in a run: two phases and a half
 SERVER, INSTANCES = "1x8xA100@infinite-llm", 8
 SYSTEMS = ("auto", "elastic", "proactive", "pooled", "whole")
 TRACES = ("t0", "t1", "t2", "t3", "t4", "t5")
@@ -63,7 +64,8 @@ def rates(quick: bool, say: Say) -> Iterator[Row]:
                 budget: Budget = budget,
             ) -> float:
                 say(f"{each.name}, {name} at {rate:.3g} a second")
-                return 1e3 * loongserve.per_token(policy, place, size, budget, each.trace, rate, quick)
+                count = loongserve.requests(rate, SECONDS, quick)
+                return 1e3 * loongserve.per_token(policy, place, size, budget, each.trace, rate, count)
 
             if latency(each.first) < float("inf"):
                 found = highest(latency, each.limit, each.first)
