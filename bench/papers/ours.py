@@ -10,35 +10,35 @@ from typing import NamedTuple
 from bench.papers import infinite_llm, loongserve
 from bench.papers.rows import PREDICTED, Row
 from bench.papers.runs import expected, highest, saturated
-from infinillm.core.scheduler import Budget
 from infinillm.sim.hardware import cluster, read_size
 
 Say = Callable[[str], None]
 TWO, EIGHT = "1x8xA800@loongserve:tp2", "1x8xA800@loongserve:tp8"  # eight devices, as four workers and as one
+CHUNK = 2048  # tokens of prompts in one step, of all that compute them in parts
 POLICIES = (  # name, policy, cluster
     ("auto", "auto", TWO),
     ("elastic", "elastic", TWO),
     ("proactive", "proactive", TWO),
-    ("chunked", "chunked:{chunk}", TWO),
-    ("chunked, one worker", "chunked:{chunk}", EIGHT),
+    ("whole", "whole", TWO),
+    ("chunked", f"chunked:{CHUNK}", TWO),
+    ("chunked, one worker", f"chunked:{CHUNK}", EIGHT),
     ("disaggregated", "disaggregated", TWO),
 )
 
 
 class Set(NamedTuple):
-    """A workload, its limit in ms a token (of prompt and output), tokens in one step, and a rate to begin with."""
+    """A workload, its limit in ms a token (of prompt and output), and a rate to begin with."""
 
     name: str
     trace: str
     limit: float
-    chunk: int
     first: float
 
 
 SETS = (
-    *(Set(each.name, each.trace, each.limit, each.chunk, each.rates["LoongServe"]) for each in loongserve.SETS),
-    Set("Swings", "swings", 50, 2048, 16.0),  # ours, and the limits too
-    Set("Long and swings", "long-and-swings", 50, 2048, 4.0),
+    *(Set(each.name, each.trace, each.limit, each.rates["LoongServe"]) for each in loongserve.SETS),
+    Set("Swings", "swings", 50, 16.0),  # ours, and the limits too
+    Set("Long and swings", "long-and-swings", 50, 4.0),
 )
 SECONDS = 150.0  # of arrivals in a run: two phases and a half
 SERVER, INSTANCES = "1x8xA100@infinite-llm", 8
@@ -49,23 +49,15 @@ TRACES = ("t0", "t1", "t2", "t3", "t4", "t5")
 def rates(quick: bool, say: Say) -> Iterator[Row]:
     """The largest rate of each policy that keeps the limit; none of one that refuses some requests."""
     size = read_size("LWM-7B", loongserve.BLOCK, loongserve.DTYPE)
+    budget = replace(loongserve.BUDGET, tokens=CHUNK)
     for each in SETS[:1] if quick else SETS:
-        budget = replace(loongserve.BUDGET, tokens=each.chunk)
         for name, policy, place in POLICIES[:2] if quick else POLICIES:
-            policy = policy.format(chunk=each.chunk)
 
             @cache
-            def latency(
-                rate: float,
-                name: str = name,
-                policy: str = policy,
-                place: str = place,
-                each: Set = each,
-                budget: Budget = budget,
-            ) -> float:
+            def latency(rate: float, name: str = name, of: str = policy, place: str = place, each: Set = each) -> float:
                 say(f"{each.name}, {name} at {rate:.3g} a second")
                 count = loongserve.requests(rate, SECONDS, quick)
-                return 1e3 * loongserve.per_token(policy, place, size, budget, each.trace, rate, count)
+                return 1e3 * loongserve.per_token(of, place, size, budget, each.trace, rate, count)
 
             if latency(each.first) < float("inf"):
                 found = highest(latency, each.limit, each.first)

@@ -16,7 +16,8 @@ shortest go first; or until they preempt a batch, where that costs less. The che
 the first, which is the elastic planner's own.
 
 Seconds per token favour the short. So of plans that begin the oldest request, once that is `overdue`, the cheapest is
-carried out, and whoever is overdue is computed beside a step whatever it costs.
+carried out that preempts nobody, if any; and whoever is overdue is computed beside a step whatever it costs. With a
+queue that long, memory is full or should be, and whoever lies still keeps his part of it for nothing.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def plan(state: State, times: Times) -> Plan:
             plans.append(joined(found, state, times, soon, late))
     if state.waiting and state.waiting[0].id in late:
         plans = [each for each in plans if state.waiting[0].id in begun(each)] or plans
+        plans = [each for each in plans if not each.preempted] or plans
     return min(plans, key=lambda found: price(found, state, times)) if len(plans) > 1 else plans[0]
 
 

@@ -44,3 +44,12 @@ def test_only_as_many_join_as_there_are_slots_for() -> None:
     told = state(instances(1000), waiting(300, 300, 300, left=50), TWO[0])
     plan = Plan((), PLAN.decodes[:1], (), (), ())
     assert joined(plan, told, A800, inf, ()).decodes[0].prompts == ("w0", "w1")
+
+
+def test_none_joins_a_batch_that_would_outgrow_its_group() -> None:
+    """Elsewhere is room enough for all; but the batch on a and the prompt come to need 1,300 slots there."""
+    told = state(instances(1000, SLOTS), waiting(300, left=100), TWO[0])
+    plan = Plan((), PLAN.decodes[:1], (), (), ())
+    assert joined(plan, told, A800, inf, ()).decodes[0].prompts == ("w0",)
+    told = state(instances(1000, SLOTS), waiting(300, left=800), TWO[0])
+    assert joined(plan, told, A800, inf, ("w0",)) == plan

@@ -3,7 +3,8 @@
 Theory of operation. An instance that decodes reads its weights whatever else it does, so a prompt beside a step costs
 less than one alone; the batch waits for it. In one pass over those that a plan leaves waiting, the shortest first, each
 goes to the batch where that costs all least, in seconds per token: the batch and who joined it wait longer, and the
-request waits for the step. Where it would cost more than to wait for an instance to come free, it waits.
+request waits for the step. Where it would cost more than to wait for an instance to come free, it waits. None joins a
+batch that would then outgrow its group: batches that share instances become one, and all wait for the slowest.
 """
 
 from __future__ import annotations
@@ -42,11 +43,10 @@ def joined(plan: Plan, state: State, times: Times, soon: float, overdue: Collect
     slots = free(state.instances) + sum(each.tokens for each in running.values())
     count = largest(lambda n: suffices(slots, [*here, *((r.left, r.tokens) for r in rest[:n])]), len(rest))
     for request in rest[:count]:
-        prices = [side.price(request) for side in sides]
-        least = min(prices)
+        price, at = min((side.price(request), at) for at, side in enumerate(sides))
         alone = (soon + times.prefill[0](request.tokens, request.tokens**2)) * request.weight
-        if least < (inf if request.id in overdue else alone):
-            sides[prices.index(least)].add(request)
+        if price < (inf if request.id in overdue else alone):
+            sides[at].add(request)
     found = {side.decode.requests: side.planned() for side in sides if side.prompts}
     return replace(plan, decodes=tuple(found.get(each.requests, each) for each in plan.decodes)) if found else plan
 
@@ -65,17 +65,24 @@ class _Side:
     more: float = 0.0
     weight: float = 0.0
     room: int = 0
+    slots: int = 0
 
     def __post_init__(self) -> None:
         self.weight = sum(each.weight for each in self.requests)
         self.room = free(self.instances) - len(self.requests)
+        self.slots = free(self.instances) + sum(each.tokens for each in self.requests)
 
     def price(self, request: Waiting) -> float:
-        """What it costs all, if one more joins; infinite where it does not fit."""
-        if request.tokens >= self.room:
+        """What it costs all, if one more joins; infinite where the batch would outgrow its group."""
+        if request.tokens >= self.room or not self._holds(request):
             return inf
         more = self._more(self.tokens + request.tokens, self.squares + request.tokens**2)
         return (more - self.more) * self.weight + (self.decode.seconds + more) * request.weight
+
+    def _holds(self, request: Waiting) -> bool:
+        """Whether the group has slots for all of them to their ends."""
+        known = [(each.left, each.tokens) for each in self.requests]
+        return suffices(self.slots, [*known, *((each.left, each.tokens) for each in (*self.prompts, request))])
 
     def add(self, request: Waiting) -> None:
         self.prompts.append(request)
