@@ -16,8 +16,8 @@ shortest go first; or until they preempt a batch, where that costs less. The che
 the first, which is the elastic planner's own.
 
 Seconds per token favour the short. So of plans that begin the oldest request, once that is `overdue`, the cheapest is
-carried out that preempts nobody, if any; and whoever is overdue is computed beside a step whatever it costs. With a
-queue that long, memory is full or should be, and whoever lies still keeps his part of it for nothing.
+carried out; and whoever is overdue is computed beside a step whatever it costs. With a queue that long, nobody is
+preempted for quick prompts alone, if they can be begun without: whoever lies still keeps his slots for nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def plan(state: State, times: Times) -> Plan:
             plans.append(joined(found, state, times, soon, late))
     if state.waiting and state.waiting[0].id in late:
         plans = [each for each in plans if state.waiting[0].id in begun(each)] or plans
-        plans = [each for each in plans if not each.preempted] or plans
+        quick = {each.id for each in state.waiting if alone(each.tokens, times) <= QUICK[0]}
+        plans = [each for each in plans if not (each.preempted and begun(each) <= quick)] or plans
     return min(plans, key=lambda found: price(found, state, times)) if len(plans) > 1 else plans[0]
 
 
