@@ -78,11 +78,11 @@ def throughput(quick: bool, say: Say) -> Iterator[Row]:
                 yield Row(trace, policy, "tokens/s", None, max(run.tokens for run in runs), PREDICTED)
 
 
-def standing(rows: list[Row], others: tuple[str, ...] = ()) -> Iterator[Row]:
-    """`auto` over the best of the others, or of these others."""
+def standing(rows: list[Row]) -> Iterator[Row]:
+    """`auto` over the best of the others."""
     for group in dict.fromkeys(row.group for row in rows):
         here = {row.what: row.ours for row in rows if row.group == group}
-        rest = {name: ours for name, ours in here.items() if name != "auto" and (not others or name in others)}
+        rest = {name: ours for name, ours in here.items() if name != "auto"}
         if "auto" in here and rest:
             best = max(rest, key=lambda name: rest[name])
             yield Row(f"{group}, auto over", best, "times", None, here["auto"] / rest[best], PREDICTED)

@@ -49,10 +49,11 @@ def plan(state: State, times: Times) -> Plan:
         plans.append(found)
         if state.waiting:
             soon = min(seconds for seconds, _ in _freed(found, state))
-            plans.append(joined(found, state, times, soon, late))
+            if (beside := joined(found, state, times, soon, late)) is not found:
+                plans.append(beside)
     if state.waiting and state.waiting[0].id in late:
         plans = [each for each in plans if state.waiting[0].id in begun(each)] or plans
-        quick = {each.id for each in state.waiting if alone(each.tokens, times) <= QUICK[0]}
+        quick = {each.id for each in state.waiting if times.alone(each.tokens) <= QUICK[0]}
         plans = [each for each in plans if not (each.preempted and begun(each) <= quick)] or plans
     return min(plans, key=lambda found: price(found, state, times)) if len(plans) > 1 else plans[0]
 
@@ -64,7 +65,7 @@ def _altered(state: State, times: Times) -> Iterator[tuple[State, Times]]:
         still = replace(times, move=EAGER)
         yield replace(state, waiting=()), still
         for seconds in QUICK:
-            quick = tuple(each for each in state.waiting if alone(each.tokens, times) <= seconds)
+            quick = tuple(each for each in state.waiting if times.alone(each.tokens) <= seconds)
             if 0 < len(quick) < len(state.waiting):
                 yield replace(state, average_decode=EAGER, waiting=quick), still
 
@@ -80,14 +81,8 @@ def begun(plan: Plan) -> set[SeqId]:
     return {seq for each in plan.prefills for seq in each.requests} | {s for each in plan.decodes for s in each.prompts}
 
 
-def alone(tokens: int, times: Times) -> float:
-    """Seconds of a prompt on one instance."""
-    return times.prefill[0](tokens, tokens**2)
-
-
 def price(plan: Plan, state: State, times: Times) -> float:
     """What all requests would still have to wait, in seconds per token of each."""
-    running = {each.id: each for batch in state.batches for each in batch.requests}
     moving = {each.id: 0.0 for each in state.instances}
     for _, source, target, tokens in plan.migrations:
         moving[source] += tokens * times.move
@@ -109,7 +104,7 @@ def price(plan: Plan, state: State, times: Times) -> float:
     total += _later(later, plan, again, state, times)
     for decode in plan.decodes:
         delay = max(moving[name] for name in decode.group)
-        for each in (running[seq] for seq in decode.requests):
+        for each in (state.running[seq] for seq in decode.requests):
             total += (delay + decode.more + decode.seconds * each.left) * each.weight
     gone = {*plan.preempted, *plan.evicted}
     for batch in state.batches if gone else ():
@@ -117,7 +112,7 @@ def price(plan: Plan, state: State, times: Times) -> float:
         for each in (each for each in batch.requests if each.id in gone):
             delay = max((until.get(name, 0.0) for name in each.held), default=0.0)
             if each.id in plan.evicted:
-                delay += times.prefill[0](each.tokens, each.tokens**2)
+                delay += times.alone(each.tokens)
             total += (delay + step * each.left) * each.weight
     return total
 
@@ -148,7 +143,7 @@ def _freed(plan: Plan, state: State) -> Iterator[tuple[float, int]]:
     """When instances come free, in seconds, and how many at once."""
     for prefill in plan.prefills:
         yield prefill.seconds, len(prefill.group)
-    left = {each.id: each.left for batch in state.batches for each in batch.requests}
     for decode in plan.decodes:
-        yield decode.more + decode.seconds * max(left[seq] for seq in decode.requests), len(decode.group)
+        left = max(state.running[seq].left for seq in decode.requests)
+        yield decode.more + decode.seconds * left, len(decode.group)
     yield state.soon, 1

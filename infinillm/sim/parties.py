@@ -73,11 +73,9 @@ class Party:
 
     def begun(self, now: float) -> int:
         """Steps that have begun before now; prompts are computed once that is planned."""
-        return (
-            1
-            if self.prompts
-            else min(bisect_left(range(self.times + 1), now - self.began, key=self.seconds), self.times)
-        )
+        if self.prompts:
+            return 1
+        return min(bisect_left(range(self.times + 1), now - self.began, key=self.seconds), self.times)
 
     @property
     def holders(self) -> set[NodeId]:

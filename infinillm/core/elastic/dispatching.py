@@ -128,9 +128,8 @@ class _Queue:
         self.tokens = [0, *accumulate(each.tokens for each in self.waiting)]
         self.squares = [0, *accumulate(each.tokens**2 for each in self.waiting)]
         self.inverse = [0.0, *accumulate(1 / each.tokens for each in self.waiting)]
-        running = [each for batch in state.batches for each in batch.requests]
-        self.running = [(each.left, each.tokens) for each in running]
-        self.slots = free(state.instances) + sum(each.tokens for each in running)
+        self.running = [(each.left, each.tokens) for each in state.running.values()]
+        self.slots = state.slots
 
     def seconds(self, count: int, on: Sides) -> float:
         """T of the first so many."""

@@ -25,26 +25,24 @@ def joined(plan: Plan, state: State, times: Times, soon: float, overdue: Collect
 
     Whoever is `overdue` goes first, oldest first, and whatever it costs.
     """
-    running = {each.id: each for batch in state.batches for each in batch.requests}
     taken = {seq for each in plan.prefills for seq in each.requests}
     rest = sorted((r for r in state.waiting if r.id not in taken), key=lambda r: (r.tokens, r.arrived, r.id))
     rest.sort(key=lambda r: (r.id not in overdue, r.arrived if r.id in overdue else 0.0))
     moved = {name for each in plan.migrations for name in (each.source, each.target)}
     instances = {each.id: each for each in state.instances}
     sides = [
-        _Side(each, [instances[name] for name in each.group], [running[seq] for seq in each.requests], times)
+        _Side(each, [instances[name] for name in each.group], [state.running[seq] for seq in each.requests], times)
         for each in plan.decodes
         if moved.isdisjoint(each.group)
     ]
     if not sides:
         return plan
-    here = [(each.left, each.tokens) for each in running.values()]
+    here = [(each.left, each.tokens) for each in state.running.values()]
     here += [(each.left, each.tokens) for each in state.waiting if each.id in taken]
-    slots = free(state.instances) + sum(each.tokens for each in running.values())
-    count = largest(lambda n: suffices(slots, [*here, *((r.left, r.tokens) for r in rest[:n])]), len(rest))
+    count = largest(lambda n: suffices(state.slots, [*here, *((r.left, r.tokens) for r in rest[:n])]), len(rest))
     for request in rest[:count]:
         price, at = min((side.price(request), at) for at, side in enumerate(sides))
-        alone = (soon + times.prefill[0](request.tokens, request.tokens**2)) * request.weight
+        alone = (soon + times.alone(request.tokens)) * request.weight
         if price < (inf if request.id in overdue else alone):
             sides[at].add(request)
     found = {side.decode.requests: side.planned() for side in sides if side.prompts}

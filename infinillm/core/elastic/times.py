@@ -61,6 +61,10 @@ class Times:
         """The largest degree of parallelism."""
         return len(self.prefill)
 
+    def alone(self, tokens: int) -> float:
+        """Seconds of one prompt on one instance."""
+        return self.prefill[0](tokens, tokens**2)
+
     def quickest(self, instances: int, tokens: float, squares: float) -> float:
         """Seconds of one prefill at the best degree that so many instances allow."""
         return min(time(tokens, squares) for time in self.prefill[:instances])

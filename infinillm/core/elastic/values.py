@@ -91,7 +91,7 @@ class Batch:
         return sum(each.weight for each in self.requests)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
     """All the planner knows at the start of a macro-iteration.
 
@@ -106,6 +106,16 @@ class State:
     average_decode: float
     soon: float = inf
     now: float = 0.0
+
+    @cached_property
+    def running(self) -> Mapping[SeqId, Running]:
+        """Those of all batches, by name."""
+        return {each.id: each for batch in self.batches for each in batch.requests}
+
+    @cached_property
+    def slots(self) -> int:
+        """Slots that are free or of a batch."""
+        return free(self.instances) + sum(each.tokens for each in self.running.values())
 
 
 class Kept(NamedTuple):
