@@ -10,7 +10,6 @@ from bench.papers.runs import SEED, highest
 from infinillm.core.scheduler import Budget
 from infinillm.sim import striping, worlds
 from infinillm.sim.hardware import Size, hardware, read_size
-from infinillm.sim.statistics import Tally
 from infinillm.sim.striping import Share
 from infinillm.sim.traffic import workload
 
@@ -77,10 +76,7 @@ def requests(rate: float, seconds: float, quick: bool) -> int:
 def per_token(policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int) -> float:
     """Mean seconds a token, of prompt and output; infinite where some are refused."""
     world = worlds.world(policy, place, size, budget, lend_fraction=LEND, beat_seconds=BEAT)
-    tally = Tally()
-    world.play(workload(trace, rate=rate, seed=SEED, count=count), tally.add)
-    while world.busy and world.clock.step(float("inf")):
-        pass
+    tally = worlds.answered(world, workload(trace, rate=rate, seed=SEED, count=count))
     return tally.per_token.mean if tally.served and not tally.refused else float("inf")
 
 

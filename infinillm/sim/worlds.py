@@ -72,13 +72,18 @@ def best_ratio(
         raise BadRequest("policy disaggregated needs two workers or more", field="policy")
 
     def scored(name: str) -> float:
-        here, tally = world(name, text, size, budget, lend_fraction=0.0, beat_seconds=1.0), Tally()
-        here.play(traffic(), tally.add)
-        while here.busy and here.clock.step(float("inf")):
-            pass
-        return score(tally)
+        return score(answered(world(name, text, size, budget, lend_fraction=0.0, beat_seconds=1.0), traffic()))
 
     return min(names, key=scored)
+
+
+def answered(here: Simulation | Groups | Cells, traffic: Iterator[Arrival]) -> Tally:
+    """What became of all this traffic, once nothing is left to do."""
+    tally = Tally()
+    here.play(traffic, tally.add)
+    while here.busy and here.clock.step(float("inf")):
+        pass
+    return tally
 
 
 def _apart(policy: str, place: Cluster, prefilling: int, budget: Budget) -> Groups:

@@ -6,9 +6,8 @@ import pytest
 
 from infinillm.core.scheduler import Budget
 from infinillm.sim.hardware import read_size
-from infinillm.sim.statistics import Tally
 from infinillm.sim.traffic import workload
-from infinillm.sim.worlds import world
+from infinillm.sim.worlds import answered, world
 
 SIZE = read_size("LWM-7B", 16, "float16")
 BUDGET = Budget(2048, 512, 16, moves=16)
@@ -21,10 +20,7 @@ def per_token(policy: str, tensor_parallel: int, traffic: tuple[str, float, int]
     place = f"1x8xA800@loongserve:tp{tensor_parallel}"
     here = world(policy, place, SIZE, BUDGET, lend_fraction=0.9, beat_seconds=0.5)
     trace, rate, count = traffic
-    tally = Tally()
-    here.play(workload(trace, rate=rate, seed=1, count=count), tally.add)
-    while here.busy and here.clock.step(1e9):
-        pass
+    tally = answered(here, workload(trace, rate=rate, seed=1, count=count))
     assert tally.served == count
     return tally.per_token.mean
 

@@ -9,9 +9,8 @@ from statistics import fmean
 from infinillm.core.policy import POLICIES, Policy, isolated
 from infinillm.core.scheduler import Budget
 from infinillm.sim.hardware import read_size
-from infinillm.sim.statistics import Tally
 from infinillm.sim.traffic import Arrival
-from infinillm.sim.worlds import WHOLE, world
+from infinillm.sim.worlds import WHOLE, answered, world
 
 SIZE = read_size("Llama-2-7B", 16, "float16")
 BUDGET = Budget(WHOLE, 256, 16, moves=16)
@@ -21,11 +20,8 @@ COUNT, RATE, MEAN, OUTPUT = 120, 20.0, 8000, 400  # requests, a second, tokens
 
 def seconds(policy: Policy, arrivals: list[Arrival]) -> float:
     """Until all are answered, on four A100."""
-    here, tally = world(policy, "1x4xA100@infinite-llm", SIZE, BUDGET, lend_fraction=0.9, beat_seconds=0.5), Tally()
-    here.play(iter(arrivals), tally.add)
-    while here.busy and here.clock.step(1e9):
-        pass
-    assert tally.served == len(arrivals)
+    here = world(policy, "1x4xA100@infinite-llm", SIZE, BUDGET, lend_fraction=0.9, beat_seconds=0.5)
+    assert answered(here, iter(arrivals)).served == len(arrivals)
     return here.now
 
 
