@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from infinillm.core import auto, disaggregated
+from infinillm.core.elastic import filling
 from infinillm.core.elastic import plan as elastic
 from infinillm.core.elastic.times import Times
 from infinillm.core.elastic.values import Instance, Plan, State
@@ -32,7 +33,7 @@ class Planner:
 
 
 ELASTIC = Planner("elastic", elastic.plan, elastic.STEPS, elastic.longest, CELL)
-AUTO = Planner("auto", auto.plan, auto.STEPS, elastic.longest, CELL // 4)
+AUTO = Planner("auto", auto.plan, filling.STEPS, elastic.longest, CELL // 4)
 
 
 def disaggregating(prefilling: Iterable[NodeId]) -> Planner:

@@ -9,10 +9,11 @@ from itertools import chain
 import pytest
 from hypothesis import event, given
 
-from infinillm.core.auto import OVERDUE, begun, plan, price
+from infinillm.core.auto import OVERDUE, TOLD, begun, plan, price
 from infinillm.core.elastic import plan as elastic
+from infinillm.core.elastic.filling import filled
 from infinillm.core.elastic.values import State
-from tests.core.elastic_cluster import A800, SMALL, batch, running, waiting
+from tests.core.elastic_cluster import A800, SMALL, batch, instances, running, waiting
 from tests.core.test_elastic import FOUR, moved, state, states
 
 
@@ -38,25 +39,41 @@ def test_its_plans_fit_and_forget_nobody(told: State) -> None:
 
 
 @given(states())
-def test_no_plan_is_dearer_than_the_elastic_ones(told: State) -> None:
-    found, theirs = plan(told, SMALL), elastic.plan(told, SMALL)
-    event(f"{found == theirs=}")
-    assert price(found, told, SMALL) <= price(theirs, told, SMALL)
+def test_no_plan_is_dearer_than_that_all_are_begun_apart(told: State) -> None:
+    found, goes_on = plan(told, SMALL), elastic.plan(replace(told, waiting=()), SMALL)
+    apart = filled(goes_on, told, SMALL, None)
+    event(f"{found == apart=}")
+    if apart.prefills or apart.decodes:
+        assert price(found, told, SMALL) <= price(apart, told, SMALL)
 
 
-def test_who_decodes_waits_where_that_costs_all_least() -> None:
-    """One request has decoded for longer than the average: the paper's gain (2) is none, and a prompt waits for it."""
-    old = [batch(running(name, produced=400, left=400, seconds=9.0, **{name: 500})) for name in "abcd"]
-    told = state(FOUR, waiting(100, left=50), *old, average=5.0)
-    assert not elastic.plan(told, A800).prefills
-    assert begun(plan(told, A800)) == {"w0"}
+def test_a_long_prompt_alone_is_computed_by_all() -> None:
+    (prefill,) = plan(state(FOUR, waiting(100_000)), A800).prefills
+    assert len(prefill.group) == 4
+    (prefill,) = plan(state(FOUR, waiting(100)), A800).prefills
+    assert len(prefill.group) == 1
 
 
-def test_nobody_who_decodes_waits_where_an_instance_is_back_at_once() -> None:
-    old = batch(running("r", produced=400, left=400, a=500))
-    told = state(FOUR[:1], waiting(3_000, left=50), old, average=5.0)
-    assert begun(plan(told, A800)) == {"w0"}
-    assert begun(plan(replace(told, soon=0.01), A800)) == set()
+def test_nobody_is_stopped_or_moved_for_a_prompt_that_an_instance_can_hold() -> None:
+    """The elastic planner would empty an instance for it."""
+    old = [batch(running(name, produced=400, left=40_000, **{name: 500})) for name in "abcd"]
+    told = state(FOUR, waiting(100_000, left=50), *old, average=6000.0)
+    assert elastic.plan(told, A800).migrations
+    found = plan(told, A800)
+    assert begun(found) == {"w0"} and not found.migrations and not found.preempted
+
+
+def test_what_no_instance_can_hold_is_begun_by_several() -> None:
+    (prefill,) = plan(state(FOUR, waiting(400_000, left=50)), A800).prefills
+    assert len(prefill.group) > 1
+
+
+def test_putting_work_off_makes_no_plan_cheaper() -> None:
+    """Whoever is left waiting is begun a little later, and whoever decodes waits for him then."""
+    busy = batch(*(running(f"r{n}", produced=9, left=200, a=20) for n in range(30)))
+    told = state(FOUR[:1], waiting(200, left=100), busy)
+    off = elastic.plan(replace(told, waiting=()), A800)
+    assert price(filled(off, told, A800, None), told, A800) < price(off, told, A800)
 
 
 def test_a_prompt_is_computed_beside_a_step_where_all_instances_decode() -> None:
@@ -70,9 +87,15 @@ def test_a_prompt_is_computed_beside_a_step_where_all_instances_decode() -> None
 
 @pytest.mark.parametrize("late", [False, True])
 def test_nobody_is_passed_over_for_ever(late: bool) -> None:
-    """A long prompt costs a batch of short requests more than it gains, until it has waited long enough."""
-    busy = [batch(*(running(f"{name}{n}", produced=9, left=9, **{name: 20}) for n in range(30))) for name in "abcd"]
+    """Where there are slots for one of them, the shorter goes first, until the longer has waited long enough."""
     seconds, often = OVERDUE
-    bound = seconds + often * A800.quickest(4, 20_000, 20_000**2)
-    told = state(FOUR, waiting(20_000, left=100), *busy, average=5.0)
-    assert begun(plan(replace(told, now=bound * (1.01 if late else 0.99)), A800)) == ({"w0"} if late else set())
+    bound = seconds + often * A800.quickest(1, 600, 600**2)
+    told = state(instances(1000), waiting(600, 500, left=50))
+    assert begun(plan(replace(told, now=bound * (1.01 if late else 0.99)), A800)) == ({"w0"} if late else {"w1"})
+
+
+def test_of_a_long_queue_it_knows_the_oldest_and_the_lightest() -> None:
+    """Long prompts that nobody has slots for do not hide short ones behind them."""
+    full = batch(running("r", left=500, a=99_000))
+    told = state(instances(100_000, slots=100_000), waiting(*[50_000] * TOLD, 20), full)
+    assert begun(plan(told, A800)) == {f"w{TOLD}"}

@@ -18,12 +18,16 @@ from infinillm.core.types import NodeId, SeqId
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One elastic instance. Instances at one `place` (a server) have the better links between them."""
+    """One elastic instance. Instances at one `place` (a server) have the better links between them.
+
+    What it has in hand keeps it `busy` for so many seconds; what a plan begins on it begins then.
+    """
 
     id: NodeId
     slots: int
     used: int
     place: str
+    busy: float = 0.0
 
     @property
     def free(self) -> int:
