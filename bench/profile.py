@@ -156,6 +156,7 @@ class Bench:
             Budget(512, 64, BLOCK, 128),
             publish=lambda outputs: None,
             borrow=lambda *wish: None,
+            cost=None,
             metrics=metrics,
         )
         if borrowed:

@@ -26,7 +26,6 @@ from infinillm.sim.capacity import Judge, Objective, highest, objective
 from infinillm.sim.hardware import Size, cluster, read_size
 from infinillm.sim.losses import DIES, RETURNS, Loss, schedule
 from infinillm.sim.outcome import Outcome, Traffic, played
-from infinillm.sim.simulation import Simulation
 
 LOSS = re.compile(r"([\w.-]+)@(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?")
 WIDTH = 140  # of what is no terminal
@@ -171,10 +170,7 @@ class Bench:
             lend_fraction=settings.lend_fraction,
             beat_seconds=settings.heartbeat_seconds,
         )
-        if self.losses:
-            if not isinstance(world, Simulation):
-                raise BadRequest(f"policy {name} is simulated without losses", field="losses")
-            schedule(world, self.losses)
+        schedule(world, self.losses)
         arriving = self._arriving(traffic) if settings.report or settings.find_capacity else 0.0
         late = (1 + LATE) * arriving + LATER if settings.find_capacity else math.inf
         return played(

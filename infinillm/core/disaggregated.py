@@ -43,7 +43,9 @@ def plan(prefilling: Collection[NodeId], state: State, times: Times) -> Plan:
 
 
 def longest(prefilling: Collection[NodeId], instances: Sequence[Instance], times: Times) -> int:
-    """Tokens of the longest request: what one instance that decodes can hold."""
+    """Tokens of the longest request: what one instance that decodes can hold, where one prefills."""
+    if not any(each.id in prefilling for each in instances):
+        return 0
     return max((each.slots for each in instances if each.id not in prefilling), default=0)
 
 

@@ -32,10 +32,16 @@ class Around(Protocol):
     def wake(self, node: NodeId) -> None:
         """This node has something to tell from now on."""
 
+    def stir(self, node: NodeId) -> None:
+        """Something that this node tells has changed, or something else that may change it later."""
+
     def worker(self, node: NodeId) -> Worker: ...
 
     def answer(self, one: NodeId, other: NodeId, rows: int, tokens: int) -> float:
         """Seconds from a question of one node to the answer of another, which has so many tokens of its context."""
+
+    def moving(self, one: NodeId, other: NodeId, tokens: int) -> float:
+        """Seconds that K/V of so many tokens takes between two nodes."""
 
     def creditors(self, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool) -> Named:
         """Whom the policy names to a node that is short of blocks."""

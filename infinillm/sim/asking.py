@@ -47,9 +47,19 @@ def wish(worker: Worker, step: Step) -> None:
     short = Shortage(1, moves.homeless, moves.homeless, 0.0)
     if not moves.ask():
         alone = worker.waiting[0].request if worker.waiting and not worker.running else None
+        short = _shortage(worker, step)
+    world.at(world.now + ASK_SECONDS, partial(_ask, worker, short, alone))
+
+
+def _shortage(worker: Worker, step: Step) -> Shortage:
+    """What to ask for after a step; where that was decided before (`still`), it is remembered."""
+    b, now = worker.borrower, (worker.blocks.lent, len(worker.waiting))
+    decided, then, short = b.wished
+    if step is not decided or now != then:
         own, more = worker.blocks.count, b.blocks - worker.blocks.lent
         short = shortage(step, worker.running, worker.waiting, worker.size, own, more, worker.cost)
-    world.at(world.now + ASK_SECONDS, partial(_ask, worker, short, alone))
+        b.wished = step, now, short
+    return short
 
 
 def _ask(worker: Worker, short: Shortage, alone: Request | None) -> None:
@@ -82,6 +92,7 @@ def _starve(worker: Worker, alone: Request, least: int, another_saves: bool) -> 
     b.starving = b.starving.after(alone.id, world.now)
     if b.starving.long(world.now) and not another_saves:
         for borrower, blocks in worker.lender.recall(least, world.now):
+            world.stir(worker.id)
             world.worker(borrower).hear(worker.id, blocks)
     if alone.longest > world.capacity and (first := worker.sequences.get(alone.id)) in worker.waiting:
         assert first is not None

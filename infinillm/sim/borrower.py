@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +11,14 @@ from infinillm.core.policy.orders import Offers
 from infinillm.core.policy.saving import TURN_SECONDS
 from infinillm.core.recall import Terms
 from infinillm.core.scheduler import NEVER, Shortage
-from infinillm.core.types import Loan, NodeId, Refused, SeqId
+from infinillm.core.types import Loan, NodeId, Refused, SeqId, Step
 from infinillm.sim.around import Around
 
 if TYPE_CHECKING:
     from infinillm.sim.worker import Worker
+
+
+NOTHING = Shortage(0, 0, None, 0.0)
 
 
 @dataclass(slots=True)
@@ -41,13 +43,16 @@ class Borrower:
         self.woken = 0.0  # the moment for which somebody is to wake the worker, so that it asks again
         self.refused = 0  # wishes in a row while nothing ran
         self.starving = NOBODY
+        self.wished = Step(0), (0, 0), NOTHING  # after which step, with how many blocks lent and waiting ones, and what
 
     # --- accounts ------------------------------------------------------------------------------------------------
 
-    def loans(self) -> Iterator[tuple[Worker, Account, Loan]]:
-        for node, account in self.accounts.items():
-            lender = self.world.worker(node)
-            yield lender, account, lender.blocks.loans[self.home]
+    def loans(self) -> list[tuple[Worker, Account, Loan]]:
+        if not self.accounts:
+            return []
+        worker, home = self.world.worker, self.home
+        found = ((worker(node), account) for node, account in self.accounts.items())
+        return [(lender, account, lender.blocks.loans[home]) for lender, account in found]
 
     def room(self) -> dict[NodeId, int]:
         """Blocks that may be taken on each lender."""
@@ -61,7 +66,7 @@ class Borrower:
 
     @property
     def blocks(self) -> int:
-        return sum(loan.blocks for _, _, loan in self.loans())
+        return sum([loan.blocks for _, _, loan in self.loans()])
 
     @property
     def saved(self) -> set[NodeId]:
@@ -74,6 +79,7 @@ class Borrower:
     def touch(self, node: NodeId, when: float) -> None:
         """What lies there has changed."""
         self.accounts[node].idle_since = when
+        self.world.stir(node)
 
     def hear(self, node: NodeId, blocks: int) -> None:
         """A lender wants blocks back."""
@@ -89,7 +95,7 @@ class Borrower:
         """What no sequence has used for a while, and what lenders want back and is free; it is ours no more."""
         now = self.world.now
         found: list[tuple[Worker, int]] = []
-        for lender, account, loan in list(self.loans()):
+        for lender, account, loan in self.loans():
             left, rests = loan.blocks - loan.used, True
             if now < max(account.idle_since + IDLE_LOAN_SECONDS, self.saved_until if account.saved else 0.0):
                 left, rests = min(left, account.recalled), 0 < loan.blocks <= account.recalled
@@ -100,6 +106,11 @@ class Borrower:
             account.recalled = max(0, account.recalled - left)
             found.append((lender, left))
         return found
+
+    @property
+    def calm(self) -> bool:
+        """Whether `spare` finds nothing, however long nobody touches anything: all that is borrowed is used."""
+        return all(0 < loan.blocks == loan.used for _, _, loan in self.loans())
 
     # --- more ----------------------------------------------------------------------------------------------------
 
@@ -115,22 +126,25 @@ class Borrower:
         return self.reserve(least, wanted, named.offers, Terms(save, hold)), named.another_saves
 
     def reserve(self, least: int, wanted: int, offers: Offers, terms: Terms) -> bool:
-        """Borrow `least` to `wanted` blocks, as ranked, all or nothing."""
+        """Borrow `least` to `wanted` blocks, as ranked, all or nothing: where it is nothing, nobody decides anew."""
         got: list[tuple[Worker, int]] = []
         total = 0
         for name, offered in offers:
             if (asked := min(wanted - total, offered)) < 1:
                 break
             lender = self.world.worker(name)
-            if (lent := lender.lend(self.home, asked, terms)) is not None:
+            if (lent := lender.offer(self.home, asked, terms)) is not None:
                 got.append((lender, lent))
                 total += lent
-        for lender, lent in got:
-            if total < least:
-                lender.blocks.give_back(self.home, lent)  # as if nothing had been: nobody decides anew
+        if total < least:
+            for lender in (each for each, _ in got if each.id in self.accounts):
+                lender.blocks.give_back(self.home, 0)
                 if self.home not in lender.blocks.loans:
-                    self.accounts.pop(lender.id, None)
-            else:
-                account = self.accounts.setdefault(lender.id, Account(self.world.now))
-                account.idle_since, account.saved = self.world.now, terms.save
-        return total >= least
+                    del self.accounts[lender.id]
+            return False
+        self.world.stir(self.home)
+        for lender, lent in got:
+            lender.lend(self.home, lent, terms)
+            account = self.accounts.setdefault(lender.id, Account(self.world.now))
+            account.idle_since, account.saved = self.world.now, terms.save
+        return True

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 from infinillm.core.cells import Load, choose, split
 from infinillm.core.planners import Planner
-from infinillm.core.types import Ledger
+from infinillm.core.types import Ledger, NodeId
+from infinillm.errors import BadRequest
 from infinillm.sim import striping
 from infinillm.sim.groups import Groups
 from infinillm.sim.hardware import Cluster
-from infinillm.sim.simulation import Clock, Ending, Then
+from infinillm.sim.parties import Asked
+from infinillm.sim.simulation import Clock, Then
 from infinillm.sim.steps import Totals
 from infinillm.sim.traffic import Arrival
 
 
 class Cells:
-    """As `Groups`; a request goes to one of the cells, and stays there."""
+    """As `Groups`; a request goes to one of the cells, and stays there unless what it has is lost."""
 
     def __init__(self, cluster: Cluster, planner: Planner, block_size: int):
         self.planner, self.clock = planner, Clock()
@@ -32,14 +34,43 @@ class Cells:
 
     def ask(self, prompt: int, output: int, then: Then) -> None:
         """Ask for `output` tokens after a prompt of so many, now; `then` hears how it ended."""
-        tokens = prompt + output
-        found = choose(tokens, [Load(cell.longest, cell.backlog, cell.free) for cell in self.cells])
-        if found is not None:
-            self.cells[found].ask(prompt, output, then)
+        if (cell := self._choose(prompt + output)) is not None:
+            cell.ask(prompt, output, then)
+        else:
+            self._refuse(Asked("", self.now, prompt, output, then))
+
+    def _choose(self, tokens: int) -> Groups | None:
+        loads = [Load(each.books.longest, each.books.backlog, each.books.free) for each in self.cells]
+        found = choose(tokens, loads)
+        return None if found is None else self.cells[found]
+
+    def _refuse(self, request: Asked) -> None:
+        request.refuse(self.planner.name, max(cell.books.longest for cell in self.cells), self.now)
+
+    def die(self, node: NodeId) -> None:
+        """An instance is lost, now; whoever needs what it kept goes to one of the cells again."""
+        if not (cell := self.known(node)).known(node):
             return
-        longest = max(cell.longest for cell in self.cells)
-        why = f"{tokens:,} tokens are more than the {longest:,} that policy {self.planner.name} can serve here"
-        then(Ending(self.now, self.now, self.now, prompt, 0, refused=why))
+        touched = {cell: None}
+        for request in cell.lose(node):
+            if (other := self._choose(request.most)) is not None:
+                other.admit(request)
+                touched[other] = None
+            else:
+                self._refuse(request)
+        for each in touched:
+            each.plan()
+
+    def revive(self, node: NodeId) -> None:
+        """An instance that was lost is there again, empty."""
+        self.known(node).revive(node)
+
+    def known(self, node: NodeId) -> Groups:
+        """The cell of an instance. Raises BadRequest."""
+        names = {site.id: cell for cell in self.cells for site in cell.cluster.sites}
+        if node not in names:
+            raise BadRequest(f"there is no node {node!r}; there are {', '.join(names)}", field="node")
+        return names[node]
 
     def play(self, arrivals: Iterator[Arrival], then: Then) -> None:
         """Ask for what arrives, when it does; only the next arrival is known at any time."""

@@ -7,6 +7,10 @@ no time, and nobody stops for it: the books are brought to where every batch is 
 a plan begins on a group begins when the last of its instances is there (`ready`). What ends with such a step is told
 at that moment.
 
+An instance that is lost ends the prefills and the steps that it has a part in, at once. What of them was computed does
+not count, and what it kept is gone: those requests wait again with all they have said, and everything is planned anew
+without it (sim/books.py). A step that the books were brought to the end of is not taken back.
+
 Slots that a prefill keeps are taken when it is planned. Steps of decode are alike until a request ends or a master has
 no slot left, so many are taken in one go. A preempted batch lies still, and the planner is not told of its instances,
 until no prefill uses any of them. Whatever is computed takes what sim/striping.py says, and not what was predicted.
@@ -22,25 +26,14 @@ from math import inf
 
 from infinillm.core.cost import Cost
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import (
-    Batch,
-    Decode,
-    Instance,
-    Kept,
-    Migration,
-    Plan,
-    Prefill,
-    Running,
-    State,
-    Waiting,
-)
+from infinillm.core.elastic.values import Batch, Decode, Migration, Plan, Prefill, Running, State, Waiting
 from infinillm.core.planners import Planner
-from infinillm.core.types import Ledger, NodeId, SeqId
-from infinillm.errors import Broken
-from infinillm.sim import parties as books
+from infinillm.core.types import Ledger, NodeId
+from infinillm.errors import BadRequest, Broken
 from infinillm.sim import striping
+from infinillm.sim.books import Books, Coming
 from infinillm.sim.hardware import Cluster
-from infinillm.sim.parties import Asked, Party, Place
+from infinillm.sim.parties import Asked, Party
 from infinillm.sim.simulation import Clock, Ending, Then
 from infinillm.sim.steps import Totals
 from infinillm.sim.traffic import Arrival
@@ -52,20 +45,13 @@ class Groups:
     """See the theory of operation above."""
 
     def __init__(self, cluster: Cluster, times: Times, planner: Planner, block_size: int, clock: Clock):
-        self.cluster, self.times, self.planner, self.block_size = cluster, times, planner, block_size
+        self.cluster, self.times, self.planner = cluster, times, planner
         self.clock = clock
         self.at = self.clock.at
-        self.places = {site.id: Place(site, site.blocks * block_size) for site in cluster.sites}
-        self.longest = planner.longest(self._instances(self.places), times)
-        self.requests: dict[SeqId, Asked] = {}  # all that are not answered
-        self.waiting: dict[SeqId, Asked] = {}  # oldest first
-        self.prefills: list[Prefill] = []
-        self.parties: list[Party] = []
-        self.leaving: set[SeqId] = set()  # whose last step is still in hand
+        self.books = Books(cluster.sites, times, planner, block_size)
         self.due, self.armed = inf, False  # when the planner is asked though nothing ended
-        self.asked = self.preemptions = self.moved = self.steps = self.rows = 0
+        self.preemptions = self.moved = self.steps = self.rows = 0
         self.decoded, self.decodes = 0.0, 0  # seconds of those that ended, and how many
-        self.backlog, self.wanted = 0.0, 0  # seconds of the prompts that wait, each on all instances, and their slots
 
     # --- from outside --------------------------------------------------------------------------------------------
 
@@ -75,19 +61,19 @@ class Groups:
 
     def ask(self, prompt: int, output: int, then: Then) -> None:
         """Ask for `output` tokens after a prompt of so many, now; `then` hears how it ended."""
-        self.asked += 1
-        if prompt + output > self.longest:
-            name, longest = self.planner.name, self.longest
-            why = f"{prompt + output:,} tokens are more than the {longest:,} that policy {name} can serve here"
-            then(Ending(self.now, self.now, self.now, prompt, 0, refused=why))
-            return
-        request = Asked(f"s{self.asked}", self.now, prompt, output, then)
-        self.requests[request.id] = request
-        self._queue(request, 1)
-        if len(self.waiting) == 1 and self._idle():
-            self._plan()
+        request = Asked("", self.now, prompt, output, then)
+        if not self.admit(request):
+            request.refuse(self.planner.name, self.books.longest, self.now)
+        elif len(self.books.waiting) == 1 and self._idle():
+            self.plan()
         else:
             self._remind()
+
+    def admit(self, request: Asked) -> bool:
+        """Have a request wait until it is planned; false where it could never be held."""
+        if fits := request.most <= self.books.longest:
+            self.books.admit(request)
+        return fits
 
     def play(self, arrivals: Iterator[Arrival], then: Then) -> None:
         """Ask for what arrives, when it does; only the next arrival is known at any time."""
@@ -96,7 +82,7 @@ class Groups:
     @property
     def busy(self) -> bool:
         """Whether anything is still to arrive or to be answered."""
-        return self.clock.arriving is not None or bool(self.requests)
+        return self.clock.arriving is not None or bool(self.books.requests)
 
     def run(self, until: float) -> None:
         """Let time pass until then."""
@@ -108,69 +94,102 @@ class Groups:
 
     def ledger(self) -> Ledger:
         """What people may look at."""
-        return books.ledger(self.places.values(), self.parties, len(self.waiting), self.block_size)
-
-    @property
-    def free(self) -> int:
-        """Slots free, less what those that wait come to need."""
-        return sum(each.free for each in self.places.values()) - self.wanted
+        return self.books.ledger()
 
     def totals(self) -> Totals:
         return Totals(self.preemptions, self.moved, self.steps, self.rows)
 
+    # --- losses --------------------------------------------------------------------------------------------------
+
+    def die(self, node: NodeId) -> None:
+        """An instance is lost, now, with all that it keeps; whoever needs that waits again, and all others go on."""
+        if self.known(node):
+            for request in self.lose(node):
+                if not self.admit(request):
+                    request.refuse(self.planner.name, self.books.longest, self.now)
+            self.plan()
+
+    def lose(self, node: NodeId) -> list[Asked]:
+        """An instance is lost. Whom this returns is to be admitted somewhere, and then all is to be planned anew."""
+        for party in self.books.parties:
+            if node not in party.group:
+                self._rest(party)
+            elif party.times:
+                self._count(party, party.over(self.now), self.now)
+        return self.books.lose(node, self.now)
+
+    def revive(self, node: NodeId) -> None:
+        """An instance that was lost is there again, empty."""
+        if not self.known(node):
+            self.books.restore(node, self.now)
+            self.plan()
+
+    def known(self, node: NodeId) -> bool:
+        """Whether an instance is there, and not lost. Raises BadRequest where there never was one."""
+        if node not in (names := [site.id for site in self.cluster.sites]):
+            raise BadRequest(f"there is no node {node!r}; there are {', '.join(names)}", field="node")
+        return node in self.books.places
+
+    def _refuse(self, request: Asked) -> None:
+        """It had to make room, and could not be held any more."""
+        self.books.leaving.remove(request.id)
+        del self.books.requests[request.id]
+        request.refuse(self.planner.name, self.books.longest, self.now)
+
     # --- planning ------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> None:
+    def plan(self) -> None:
         """Have the planner decide anew, until nobody it was told of lies still."""
         while True:
-            for party in self.parties:
+            for party in self.books.parties:
                 self._rest(party)
             still = self._still()
             self._carry_out(self.planner.plan(self._state(still), self.times), still)
             still = self._still()
-            if all(party.times or still & party.holders for party in self.parties):
+            if all(party.times or still & party.holders for party in self.books.parties):
                 break
-        if self.waiting and not (self.prefills or self.parties):
+        if self.books.waiting and not (self.books.prefills or self.books.parties):
             raise Broken(f"policy {self.planner.name} begins nothing on an idle cluster")
-        going = [party for party in self.parties if party.times]
+        going = [party for party in self.books.parties if party.times]
         self.due = min((party.began + party.seconds(self.planner.steps) for party in going), default=inf)
         self._remind()
 
     def _remind(self) -> None:
         """Ask the planner after some steps while requests wait."""
-        if self.waiting and not self.armed and self.due < inf:
+        if self.books.waiting and not self.armed and self.due < inf:
             self.armed = True
             self.at(self.due, self._be_reminded)
 
     def _be_reminded(self) -> None:
         self.armed = False
-        if self.waiting and self.now >= self.due:
-            self._plan()
+        if self.books.waiting and self.now >= self.due:
+            self.plan()
         else:
             self._remind()
 
     def _still(self) -> set[NodeId]:
         """Instances the planner is not told of: in a prefill, or of a batch that waits for one."""
-        found = {name for each in self.prefills for name in each.group}
-        lying = [party.holders for party in self.parties if not party.times]
+        found = {name for each in self.books.prefills for name in each.group}
+        lying = [party.holders for party in self.books.parties if not party.times]
         while more := [names for names in lying if names & found and not names <= found]:
             found.update(*more)
         return found
 
     def _idle(self) -> bool:
         """Whether an instance could be given work."""
-        busy = self._still().union(*(party.group for party in self.parties if party.times))
-        return len(busy) < len(self.places)
+        busy = self._still().union(*(party.group for party in self.books.parties if party.times))
+        return len(busy) < len(self.books.places)
 
     def _state(self, still: set[NodeId]) -> State:
-        told = islice(self.waiting.values(), TOLD)
-        batches = (party.requests for party in self.parties if not still & party.holders)
+        books = self.books
+        told = islice(books.waiting.values(), TOLD)
+        batches = (party.requests for party in books.parties if not still & party.holders)
         return State(
-            self._instances(name for name in self.places if name not in still),
+            books.instances((name for name in books.places if name not in still), self.now),
             tuple(Waiting(each.id, each.tokens, each.arrived, each.left) for each in told),
             tuple(Batch(tuple(map(self._running, requests))) for requests in batches if requests),
             self.decoded / max(self.decodes, 1),
-            min((self.places[name].ready for each in self.prefills for name in each.group), default=inf) - self.now,
+            min((books.places[name].ready for each in books.prefills for name in each.group), default=inf) - self.now,
             self.now,
         )
 
@@ -178,76 +197,73 @@ class Groups:
         seconds = max(self.now - each.decoding, 0.0)
         return Running(each.id, each.arrived, each.held, each.produced, each.left, seconds)
 
-    def _instances(self, names: Iterable[NodeId]) -> tuple[Instance, ...]:
-        places = [self.places[name] for name in names]
-        return tuple(Instance(each.site.id, each.slots, each.used, str(each.site.server)) for each in places)
-
     # --- what a plan begins --------------------------------------------------------------------------------------
 
     def _carry_out(self, plan: Plan, still: set[NodeId]) -> None:
-        lying = [party for party in self.parties if still & party.holders]
-        for party in self.parties:
+        lying = [party for party in self.books.parties if still & party.holders]
+        for party in self.books.parties:
             party.times = 0
-        for request in [self.requests[seq] for seq in plan.evicted]:
-            self._release(request)
-            self._queue(request, 1)
+        for request in [self.books.requests[seq] for seq in plan.evicted]:
+            self.books.release(request)
             self.preemptions += 1
+            if request.most <= self.books.longest:
+                self.books.queue(request, 1)
+            else:
+                self.books.leaving.add(request.id)
+                self.at(self.now, partial(self._refuse, request))
         if plan.evicted:
-            self.waiting = dict(sorted(self.waiting.items(), key=lambda item: (item[1].arrived, item[0])))
+            self.books.sort()
         self._move(plan.migrations)
         for prefill in plan.prefills:
             self._prefill(prefill)
         preempted = set(plan.preempted)
-        paused = [[each for each in party.requests if each.id in preempted] for party in self.parties]
+        paused = [[each for each in party.requests if each.id in preempted] for party in self.books.parties]
         decodes = [self._decode(each) for each in plan.decodes]
-        self.parties = [*lying, *(Party(requests) for requests in paused if requests), *decodes]
+        self.books.parties = [*lying, *(Party(requests) for requests in paused if requests), *decodes]
 
     def _move(self, migrations: Sequence[Migration]) -> None:
         """K/V goes elsewhere; both ends do nothing else meanwhile."""
         sums: Counter[tuple[NodeId, NodeId]] = Counter()
         for seq, source, target, tokens in migrations:
-            request = self.requests[seq]
-            self._hold(request, target, tokens)
-            self._hold(request, source, -tokens)
+            request = self.books.requests[seq]
+            self.books.hold(request, target, tokens)
+            self.books.hold(request, source, -tokens)
             sums[source, target] += tokens
+        until: dict[tuple[NodeId, NodeId], float] = {}
         for (source, target), tokens in sums.items():
             over = self._ready((source, target)) + self._cost((source, target)).move(tokens)
-            self.places[source].ready = self.places[target].ready = over
+            self.books.places[source].ready = self.books.places[target].ready = until[source, target] = over
             self.moved += tokens
+        if migrations:
+            going = [each for each in self.books.coming if each.until > self.now]
+            self.books.coming = going + [Coming(m.source, m.seq, until[m.source, m.target]) for m in migrations]
 
     def _prefill(self, prefill: Prefill) -> None:
-        requests = self._take(prefill.requests, prefill.kept)
+        requests = self.books.take(prefill.requests, prefill.kept)
         away = sum(each.stop - each.start for each in prefill.kept if each.instance not in prefill.group)
         cost = self._cost((*prefill.group, *(each.instance for each in prefill.kept)))
         seconds = striping.prefill(cost, [each.tokens for each in requests], len(prefill.group))
         over = self._ready(prefill.group) + max(seconds, cost.move(away) if away else 0.0)
         for name in prefill.group:
-            self.places[name].ready = over
-        self.prefills.append(prefill)
+            self.books.places[name].ready = over
+        self.books.prefills.append(prefill)
         self.at(over, partial(self._prefilled, prefill))
 
-    def _take(self, names: Iterable[SeqId], kept: Iterable[Kept]) -> list[Asked]:
-        """Requests that wait are to be prefilled, and to lie so."""
-        requests = [self.waiting[seq] for seq in names]
-        for request in requests:
-            self._queue(request, -1)
-        for name, seq, start, stop in kept:
-            self._hold(self.requests[seq], name, stop - start)
-        return requests
-
     def _prefilled(self, prefill: Prefill) -> None:
-        self.prefills.remove(prefill)
-        party = Party([], prompts=[self.requests[seq] for seq in prefill.requests])
+        if prefill not in self.books.prefills:
+            return  # an instance of it was lost
+        self.books.prefills.remove(prefill)
+        party = Party([], prompts=[self.books.requests[seq] for seq in prefill.requests])
         self.steps += 1
         self._join(party, self.now)
         self._leave(party, self.now)
-        self.parties.append(party)
-        self._plan()
+        self.books.parties.append(party)
+        self.plan()
 
     def _decode(self, decode: Decode) -> Party:
-        masters = {each.instance: [self.requests[seq] for seq in each.requests] for each in decode.masters}
-        prompts = self._take(decode.prompts, decode.kept)
-        party = Party([self.requests[seq] for seq in decode.requests], decode.group, masters, prompts)
+        masters = {each.instance: [self.books.requests[seq] for seq in each.requests] for each in decode.masters}
+        prompts = self.books.take(decode.prompts, decode.kept)
+        party = Party([self.books.requests[seq] for seq in decode.requests], decode.group, masters, prompts)
         self._go_on(party, self._ready(decode.group))
         return party
 
@@ -265,7 +281,7 @@ class Groups:
 
     def _alike(self, party: Party) -> int:
         """Steps until a request ends or a master has no slots left; one where prompts are computed."""
-        rooms = [self.places[name].free // len(requests) for name, requests in party.masters.items()]
+        rooms = [self.books.places[name].free // len(requests) for name, requests in party.masters.items()]
         alike = min(*rooms, *(request.left for request in party.requests))
         return min(alike, 1) if party.prompts else alike
 
@@ -276,11 +292,11 @@ class Groups:
             return  # it was planned anew
         joined = bool(party.prompts)
         self._count(party, party.times, self.now)
-        fits = all(self.places[name].free >= len(requests) for name, requests in party.masters.items())
-        if party.requests and fits and not joined and not (self.waiting and self.now >= self.due):
+        fits = all(self.books.places[name].free >= len(requests) for name, requests in party.masters.items())
+        if party.requests and fits and not joined and not (self.books.waiting and self.now >= self.due):
             self._go_on(party, self.now)
         else:
-            self._plan()
+            self.plan()
 
     def _rest(self, party: Party) -> None:
         """Bring the books to the end of the step in hand."""
@@ -288,7 +304,7 @@ class Groups:
             steps = party.begun(self.now)
             over = party.began + party.seconds(steps)
             for name in party.group:
-                self.places[name].ready = over
+                self.books.places[name].ready = over
             self._count(party, steps, over)
 
     def _count(self, party: Party, times: int, over: float) -> None:
@@ -298,7 +314,7 @@ class Groups:
         self.rows += times * len(party.requests)
         for name, requests in party.masters.items():
             for request in requests if times else ():
-                self._hold(request, name, times)
+                self.books.hold(request, name, times)
                 request.produced += times
         if times:
             self._join(party, over)
@@ -316,68 +332,27 @@ class Groups:
 
     def _leave(self, party: Party, over: float) -> None:
         for request in party.leave():
-            self._release(request)
-            self.leaving.add(request.id)
+            self.books.release(request)
+            self.books.leaving.add(request.id)
             self.at(over, partial(self._tell, request))
 
     def _tell(self, request: Asked) -> None:
         """Say that a request has ended."""
-        self.leaving.remove(request.id)
-        del self.requests[request.id]
+        self.books.leaving.remove(request.id)
+        del self.books.requests[request.id]
         self.decoded += self.now - request.decoding
         self.decodes += 1
         request.then(Ending(request.arrived, request.first, self.now, request.prompt, request.produced))
 
-    # --- books ---------------------------------------------------------------------------------------------------
-
-    def _queue(self, request: Asked, sign: int) -> None:
-        """A request begins to wait, or ends."""
-        if sign > 0:
-            self.waiting[request.id] = request
-        else:
-            del self.waiting[request.id]
-        self.backlog += sign * self.times.quickest(len(self.places), request.tokens, request.tokens**2)
-        self.wanted += sign * (request.tokens + request.left)
-
-    def _hold(self, request: Asked, name: NodeId, tokens: int) -> None:
-        held = request.held.get(name, 0) + tokens
-        if held:
-            request.held[name] = held
-        else:
-            del request.held[name]
-        self.places[name].used += tokens
-
-    def _release(self, request: Asked) -> None:
-        for name, tokens in request.held.items():
-            self.places[name].used -= tokens
-        request.held.clear()
-
     def _ready(self, names: Iterable[NodeId]) -> float:
-        return max(self.now, *(self.places[name].ready for name in names))
+        return max(self.now, *(self.books.places[name].ready for name in names))
 
     def _cost(self, names: Sequence[NodeId]) -> Cost:
         """The cost of the first, with others over the worst link among them."""
-        sites = [self.places[name].site for name in names]
+        sites = [self.books.places[name].site for name in names]
         apart = any(site.server != sites[0].server for site in sites)
         return sites[0].far if apart else sites[0].near
 
     def check(self) -> None:
-        """Raise Broken where a slot is lost or used twice, or a request is nowhere or in two places."""
-        running = [request for party in self.parties for request in party.requests]
-        filling = [self.requests[seq] for each in self.prefills for seq in each.requests]
-        filling += [request for party in self.parties for request in party.prompts]
-        everywhere = [*self.waiting, *self.leaving, *(each.id for each in (*running, *filling))]
-        if sorted(everywhere) != sorted(self.requests):
-            raise Broken(f"requests {sorted(self.requests)} are at {sorted(everywhere)}")
-        held: Counter[NodeId] = Counter()
-        for request, tokens in [*((r, r.tokens - 1) for r in running), *((r, r.tokens) for r in filling)]:
-            held.update(request.held)
-            if sum(request.held.values()) != tokens or not all(request.held.values()):
-                raise Broken(f"{request.id} of {tokens} tokens holds {request.held}")
-        for name, place in self.places.items():
-            if place.used != held[name] or not 0 <= place.used <= place.slots:
-                raise Broken(f"{name} has {place.used} slots in use for {held[name]} tokens, of {place.slots}")
-        groups = [*(each.group for each in self.prefills), *(party.group for party in self.parties if party.times)]
-        names = [name for group in groups for name in group]
-        if len(set(names)) < len(names):
-            raise Broken(f"groups share an instance: {groups}")
+        """Raise Broken where the books do not balance."""
+        self.books.check()

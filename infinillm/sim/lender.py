@@ -9,7 +9,7 @@ from infinillm.core.blocks import Blocks
 from infinillm.core.claims import Claims
 from infinillm.core.policy.saving import KEPT_SECONDS
 from infinillm.core.recall import Terms
-from infinillm.core.types import Loan, NodeId, Refused
+from infinillm.core.types import Loan, NodeId
 
 PATIENCE_SECONDS = 15.0  # what a worker's setting usually is
 
@@ -27,27 +27,32 @@ class Lender:
         """Blocks that are for somebody who saves up."""
         return self._kept if now < self.kept_until else 0
 
-    def lend(self, borrower: NodeId, blocks: int, terms: Terms, now: float) -> int | None:
-        """How many of so many blocks are lent, all or none; to save up, as many as there are. None: refused."""
-        least = int(terms.save)
-        if self.claims.refusal(self.blocks.loans.get(borrower), blocks, now):
+    def offer(self, borrower: NodeId, blocks: int, terms: Terms, now: float) -> int | None:
+        """How many of so many blocks it would lend, all or none; to save up, as many as there are. None: refused."""
+        loan, there = self.blocks.loans.get(borrower), self.blocks.offer
+        if borrower == self.blocks.node or self.claims.refusal(loan, blocks, now):
             return None
-        lent: int | None = min(blocks, max(self.blocks.offer, least or blocks))
-        assert lent is not None
+        offered = min(blocks, max(there, 1)) if terms.save else blocks
+        found = offered if offered <= there else None
+        if found is not None and loan is not None:
+            self.claims = self.claims.lent(loan.id, terms.hold, now)
+        if terms.save:
+            self._kept, self.kept_until = blocks - (found or 0), now + KEPT_SECONDS
+        return found
+
+    def lend(self, borrower: NodeId, blocks: int, terms: Terms, now: float) -> None:
+        """Lend what was offered just now."""
         self._loans += 1
         name = f"{self.blocks.node}.{self.start}>{borrower}#{self._loans}"
-        result = self.blocks.lend(borrower, lent, math.inf, name)
-        if isinstance(result, Refused):
-            lent = None
-        else:
-            self.claims = self.claims.lent(result.id, terms.hold, now)
-        if least:
-            self._kept, self.kept_until = blocks - (lent or 0), now + KEPT_SECONDS
-        return lent
+        loan = self.blocks.lend(borrower, blocks, math.inf, name)
+        assert isinstance(loan, Loan), loan
+        self.claims = self.claims.lent(loan.id, terms.hold, now)
 
     def recall(self, blocks: int, now: float) -> list[tuple[NodeId, int]]:
         """Want so many blocks back, and keep them; from whom, and how many."""
         self._kept = 0
+        if not self.blocks.loans:
+            return []
         self.claims, found = self.claims.recall(self.blocks.loans.values(), blocks, now, PATIENCE_SECONDS)
         return [(loan.borrower, asked) for loan, asked in found]
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from infinillm.core.types import NodeId
 from infinillm.errors import BadRequest
+from infinillm.sim.cells import Cells
+from infinillm.sim.groups import Groups
 from infinillm.sim.simulation import Simulation
 
 DIES, RETURNS = "dies", "returns"
@@ -21,13 +23,13 @@ class Loss(NamedTuple):
     what: str
 
 
-def schedule(simulation: Simulation, losses: Iterable[Loss]) -> None:
+def schedule(world: Simulation | Groups | Cells, losses: Iterable[Loss]) -> None:
     """Have these happen. Raises BadRequest, naming the field."""
-    verbs = {DIES: simulation.die, RETURNS: simulation.revive}
+    verbs = {DIES: world.die, RETURNS: world.revive}
     for at, node, what in losses:
         if what not in verbs:
             raise BadRequest(f"a node {DIES} or {RETURNS}, and {node} {what!r}", field="what")
-        if not at >= simulation.now:
-            raise BadRequest(f"at must be seconds from {simulation.now:g} on, not {at!r}", field="at")
-        simulation.known(node)
-        simulation.at(at, partial(verbs[what], node))
+        if not at >= world.now:
+            raise BadRequest(f"at must be seconds from {world.now:g} on, not {at!r}", field="at")
+        world.known(node)
+        world.clock.at(at, partial(verbs[what], node))

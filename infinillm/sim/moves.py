@@ -1,10 +1,12 @@
 """The moves of a simulated worker: blocks that go elsewhere beside its steps, and what lenders want back.
 
-As `engine.moves`: what is chosen holds room at its target while a step is in hand, and is there when that ends.
+As `engine.moves`: what is chosen holds room at its target while a step is in hand, and is there when that ends. The
+step takes longer by what the way there takes, and so does the next one of the node at the other end, if that computes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 
 from infinillm.core.blocks import OWN, Blocks
@@ -30,6 +32,7 @@ class Moves:
         self.now: tuple[Move, ...] = ()  # of the step in hand
         self.homeless = 0  # blocks which lenders want back, and which have nowhere to go
         self.tokens = 0  # that have moved
+        self.taken = 0.0  # seconds that others' moves took here since a step began
         self._asked = self._refused = False  # for room for these
         self._since: dict[NodeId, float] = {}  # since when a lender wants blocks back
 
@@ -85,6 +88,18 @@ class Moves:
             assert refused is None, refused
         self.wishes, self.now = chosen.wishes, chosen.moves
 
+    def seconds(self) -> float:
+        """How much longer the step takes that begins."""
+        found, self.taken = self.taken, 0.0
+        tokens: Counter[NodeId] = Counter()
+        for move in self.now:
+            tokens[move.target if move.source == self.home else move.source] += move.blocks * self.size
+        for node, count in tokens.items():
+            found += (taken := self.world.moving(self.home, node, count))
+            if (other := self.world.worker(node)).going is not None:
+                other.moves.taken += taken
+        return found
+
     def switch(self, sequences: dict[SeqId, Sequence]) -> tuple[Move, ...]:
         """The step is over: what was copied is the sequence's, and its sources let go."""
         done, self.now = self.now, ()
@@ -115,6 +130,7 @@ class Moves:
             self.borrower.touch(move.source, self.world.now)
 
     def _books(self, node: NodeId) -> Blocks:
+        self.world.stir(node)
         return self.world.worker(node).blocks
 
     def _owner(self, node: NodeId) -> NodeId:

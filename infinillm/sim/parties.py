@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import inf
 
-from infinillm.core.types import Ledger, Loan, Node, NodeId, SeqId
+from infinillm.core.types import NodeId, SeqId
 from infinillm.sim.hardware import Site
-from infinillm.sim.simulation import Then
+from infinillm.sim.simulation import Ending, Then
 from infinillm.sim.striping import Share
 
 
@@ -43,12 +41,24 @@ class Asked:
     decoding: float = 0.0  # since when
 
     @property
+    def most(self) -> int:
+        """Tokens in the end."""
+        return self.prompt + self.output
+
+    @property
     def tokens(self) -> int:
         return self.prompt + self.produced
 
     @property
     def left(self) -> int:
         return self.output - self.produced
+
+    def refuse(self, policy: str, longest: int, now: float) -> None:
+        """Say that no instances there are could hold it to its end."""
+        why = f"no workers are left with which policy {policy} could serve it"
+        if longest:
+            why = f"{self.most:,} tokens are more than the {longest:,} that policy {policy} can serve here"
+        self.then(Ending(self.arrived, self.first or now, now, self.prompt, self.produced, refused=why))
 
 
 @dataclass(slots=True)
@@ -76,6 +86,10 @@ class Party:
         if self.prompts:
             return 1
         return min(bisect_left(range(self.times + 1), now - self.began, key=self.seconds), self.times)
+
+    def over(self, now: float) -> int:
+        """Steps that are over by now."""
+        return max(bisect_right(range(self.times + 1), now - self.began, key=self.seconds) - 1, 0)
 
     @property
     def holders(self) -> set[NodeId]:
@@ -109,46 +123,3 @@ class Party:
             Share(len(self.masters.get(n, ())), asked[n], foreign[n], tokens[n], len(peers.get(n, ())))
             for n in self.group
         ]
-
-
-def ledger(places: Iterable[Place], parties: Sequence[Party], waiting: int, block_size: int) -> Ledger:
-    """What people may look at. K/V of a request that lies with others than its master is taken for lent to that.
-
-    Who waits, waits at the first instance; slots are rounded to blocks.
-    """
-    lent: Counter[tuple[NodeId, NodeId]] = Counter()
-    running: Counter[NodeId] = Counter()
-    for party in parties:
-        for master, requests in party.masters.items():
-            running[master] += len(requests)
-            for request in requests:
-                for name, tokens in request.held.items():
-                    if name != master:
-                        lent[name, master] += tokens
-    given: Counter[NodeId] = Counter()
-    taken: Counter[NodeId] = Counter()
-    for (lender, borrower), tokens in lent.items():
-        given[lender] += tokens // block_size
-        taken[borrower] += tokens // block_size
-    nodes: dict[NodeId, Node] = {}
-    for place in places:
-        name, blocks = place.site.id, place.site.blocks
-        own = min(-(-place.used // block_size), blocks) - given[name]
-        nodes[name] = Node(
-            name,
-            "1",
-            name,
-            blocks,
-            blocks,
-            used=own,
-            lent=given[name],
-            borrowed=taken[name],
-            running=running[name],
-            waiting=0 if nodes else waiting,
-        )
-    loans = {
-        f"{lender}>{borrower}": Loan(f"{lender}>{borrower}", lender, borrower, count, inf, count)
-        for (lender, borrower), tokens in lent.items()
-        if (count := tokens // block_size)
-    }
-    return Ledger(1, nodes, loans)

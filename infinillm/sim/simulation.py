@@ -4,7 +4,7 @@ Theory of operation. Everything that happens is a call at a moment of the clock;
 they were asked for, so equal inputs give equal histories. The controller's side is here: every `beat_seconds` the
 workers tell what changed and the ledger takes it in, so questions are answered from books that are a little old; every
 fourth beat the policy may order what nobody asked for, and the orders arrive with the next beat. Only plans look at
-layouts, so these are told once a plan. A worker without requests and loans tells nothing. The policies, the ledger, the
+layouts, so these are told once a plan. Nobody tells anything while nothing changes. The policies, the ledger, the
 scheduler and the books are those of the product; what is left out is everything that carries them out.
 
 A node that dies takes along what it held and what it ran. Gateways notice at once, and have others go on with its
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from infinillm.core import ledger as books
@@ -27,7 +27,7 @@ from infinillm.core.names import Landmarks
 from infinillm.core.pace import DOUBT_SECONDS, PLAN_BEATS, SILENT_BEATS
 from infinillm.core.policy import Policy, saving
 from infinillm.core.policy.near import near
-from infinillm.core.policy.orders import MoveBlocks, blocks_for
+from infinillm.core.policy.orders import MoveBlocks, Offers, blocks_for
 from infinillm.core.policy.places import too_far
 from infinillm.core.request import Request, Sampling, Sequence
 from infinillm.core.scheduler import Budget
@@ -35,8 +35,9 @@ from infinillm.core.types import Ledger, Loan, LoanId, NodeId, Refused
 from infinillm.errors import BadRequest
 from infinillm.sim.around import Named
 from infinillm.sim.hardware import Cluster, Site
-from infinillm.sim.heartbeat import report
+from infinillm.sim.heartbeat import calm, quiet, report, tidy
 from infinillm.sim.names import Names, Sessions
+from infinillm.sim.remembered import Remembered
 from infinillm.sim.steps import Totals
 from infinillm.sim.traffic import Arrival
 from infinillm.sim.worker import Worker
@@ -147,11 +148,13 @@ class Simulation:
         self.ledger = books.apply_all(Ledger(1), (Joined(each) for each in self.reports.values()))
         self.promised, self.landmarks = books.Promised(), Landmarks()
         self.turn = saving.NOBODY
-        self._capacity = Ledger(), 0  # the last that was asked for, and of which ledger
+        self._asked = replace(policy, creditors=self._creditors)
+        self._told, self._expected = Remembered(), Remembered()  # of the ledger, and with what is promised
         self.orders: tuple[MoveBlocks, ...] = ()
         self.sessions = Sessions(budget.block_size)
         self.running: dict[str, Asked] = {}
         self.awake: dict[NodeId, None] = {}  # who has something to tell
+        self.calm: set[NodeId] = set()  # of these: whose last word holds until something stirs them
         self.died: dict[NodeId, float] = {}  # and when
         self.past: list[Worker] = []  # that died, and whose nodes came back
         self.asked = self.beats = 0
@@ -245,6 +248,7 @@ class Simulation:
             return
         self.died[node] = self.now
         self.awake.pop(node, None)
+        self.calm.discard(node)
         lost = worker.die()
         for other in self.workers.values():
             other.lose(node)
@@ -304,23 +308,35 @@ class Simulation:
         way = self.cluster.cost(self.sites[one], self.sites[other])
         return way.question(rows) + self.workers[other].cost.attend(tokens, rows)
 
+    def moving(self, one: NodeId, other: NodeId, tokens: int) -> float:
+        return self.cluster.cost(self.sites[one], self.sites[other]).move(tokens)
+
     def wake(self, node: NodeId) -> None:
         self.awake[node] = None
 
+    def stir(self, node: NodeId) -> None:
+        self.calm.discard(node)
+
     @property
     def capacity(self) -> int:
-        if self._capacity[0] is not self.ledger:
-            self._capacity = self.ledger, self.policy.capacity(self.ledger, self.budget.block_size)
-        return self._capacity[1]
+        ledger, size = self.ledger, self.budget.block_size
+        return self._told.ask(ledger, "capacity", lambda: self.policy.capacity(ledger, size))
 
     def creditors(self, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool) -> Named:
-        ledger = self.promised.expected(self.ledger)
+        ledger, size = self.promised.expected(self.ledger), self.budget.block_size
         if not outgrown:
-            exclude = {*exclude, *too_far(ledger, self.costs, node, self.budget.block_size)}
+            far = self._expected.ask(ledger, node, lambda: too_far(ledger, self.costs, node, size))
+            exclude = {*exclude, *far}
         offers, self.turn, may_save = saving.creditors(
-            self.policy, ledger, self.turn, self.now, node, blocks, exclude, outgrown
+            self._asked, ledger, self.turn, self.now, node, blocks, exclude, outgrown
         )
         return Named(offers, may_save, outgrown and self.policy.saves and not may_save)
+
+    def _creditors(
+        self, ledger: Ledger, node: NodeId, blocks: int, exclude: Collection[NodeId], outgrown: bool
+    ) -> Offers | Refused:
+        question = node, blocks, frozenset(exclude), outgrown
+        return self._expected.ask(ledger, question, lambda: self.policy.creditors(ledger, *question))
 
     def seconds(self, node: NodeId, seconds: float) -> float:
         if self.cores is None:
@@ -337,28 +353,37 @@ class Simulation:
             self.workers[order.home].obey(order)
         self.orders = ()
         for node in [*self.awake]:
-            self.workers[node].tidy()
-        told: list[books.Event] = [event for node in [*self.awake] for event in self._heartbeat(node, planning)]
+            if node not in self.calm:
+                tidy(self.workers[node])
+        told: list[books.Event] = []
+        for node in [*self.awake]:
+            if node not in self.calm:
+                told += self._heartbeat(node, planning)
         for node, when in self.died.items():
             if node in self.ledger.nodes and self.now - when > SILENT_BEATS * self.beat_seconds:
                 told.append(Left(node, "silent"))
                 self._forget(node)
-        self.ledger = books.apply_all(self.ledger, told)
+        if told:
+            self.ledger = books.apply_all(self.ledger, told)
         if planning:
-            found = self.policy.plan(self.ledger, self.costs, self.budget.block_size)
+            ledger, size = self.ledger, self.budget.block_size
+            found = self._told.ask(ledger, "plan", lambda: self.policy.plan(ledger, self.costs, size))
             self.orders = saving.orders(found, self.turn, self.now)
         self.at(self.now + self.beat_seconds, self._beat)
 
     def _heartbeat(self, node: NodeId, planning: bool) -> tuple[books.Event, ...]:
-        """What a worker tells; once it has told that it is idle, it sleeps."""
+        """What a worker tells; once it has told that it is idle, it sleeps; once it has told all, it may be calm."""
         worker, before = self.workers[node], self.reports[node]
-        quiet = worker.quiet
-        after = self.reports[node] = report(worker, None if planning or quiet else before.layouts)
+        rests = quiet(worker)
+        after = self.reports[node] = report(worker, None if planning or rests else before.layouts)
         if before.marks != after.marks:
             self.landmarks.tell(node, after.marks - before.marks, before.marks - after.marks)
         self.promised.heard(node, self.now)
-        if quiet and not self.promised.waits(node):
-            del self.awake[node]
+        if not self.promised.waits(node):
+            if rests:
+                del self.awake[node]
+            elif (planning or not (worker.running or before.layouts)) and calm(worker):
+                self.calm.add(node)
         return books.changes(before, after)
 
     def check(self) -> None:

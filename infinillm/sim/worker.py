@@ -66,16 +66,12 @@ class Worker:
         self._version = 0
         self._seen: tuple[object, Step] = object(), Step(0)  # what was decided on last (`still`), and what
 
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing can change here but from outside."""
-        return not (self.sequences or self.borrower.accounts or self.blocks.loans or self.lender.claims.recalls)
-
     # --- requests ------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, named: Names | None, holders: Collection[NodeId], first: float | None) -> None:
         """`holders`: who may have computed some of it before. `first`: when its first token came, if it did."""
         self.world.wake(self.id)
+        self.world.stir(self.id)
         length = len(request.prompt) + len(request.already)
         sequence = Sequence(request, cast("list[int]", Length(length)))
         self.sequences[request.id] = sequence
@@ -115,29 +111,40 @@ class Worker:
 
     # --- lending, from outside -----------------------------------------------------------------------------------
 
-    def lend(self, borrower: NodeId, blocks: int, terms: Terms) -> int | None:
-        """How many of so many blocks are lent, as `Lender.lend`. None: refused."""
+    def offer(self, borrower: NodeId, blocks: int, terms: Terms) -> int | None:
+        """How many of so many blocks it would lend, as `Lender.offer`. None: refused."""
         if self.dead:
             return None
         self.settle()
         self.world.wake(self.id)
-        lent = self.lender.lend(borrower, blocks, terms, self.world.now)
-        if lent:
-            self._narrow()
-        return lent
+        offered = self.lender.offer(borrower, blocks, terms, self.world.now)
+        if offered:
+            self._narrow(offered)
+        return offered
+
+    def lend(self, borrower: NodeId, blocks: int, terms: Terms) -> None:
+        """Lend what was offered just now."""
+        self.world.stir(self.id)
+        self.lender.lend(borrower, blocks, terms, self.world.now)
 
     def share(self, borrower: NodeId, seq: SeqId, wanted: Mapping[int, bytes]) -> list[int] | None:
         """Keep what is here under these names, by position, for a sequence of somebody else: which positions."""
-        if self.dead or (borrower not in self.blocks.loans and self.lend(borrower, 0, AT_ONCE) is None):
+        if self.dead:
             return None
+        if borrower not in self.blocks.loans:
+            if self.offer(borrower, 0, AT_ONCE) is None:
+                return None
+            self.lend(borrower, 0, AT_ONCE)
         self.settle()
+        self.world.stir(self.id)
         found = self.blocks.share(seq, wanted, borrower)
-        self._narrow()
+        self._narrow(0)
         return found
 
     def give_back(self, borrower: NodeId, blocks: int | None) -> None:
         """So many blocks of a loan; None: all of it."""
         self.settle()
+        self.world.stir(self.id)
         self.blocks.give_back(borrower, blocks)
         if self.waiting or (self.going is not None and self.going.grows):
             self.cut()
@@ -162,16 +169,6 @@ class Worker:
         self.settle()
         self.moves.hear(order, self.sequences[order.seq])
         self.cut()
-
-    def tidy(self) -> None:
-        """Give back what no sequence has used for a while, and end the loans of those who return nothing."""
-        self.settle()
-        for lender, blocks in self.borrower.spare():
-            self.cut()
-            lender.give_back(self.id, blocks)
-        for borrower in self.lender.late(self.world.now):
-            self.world.worker(borrower).lose(self.id)
-            self.give_back(borrower, None)
 
     # --- losses --------------------------------------------------------------------------------------------------
 
@@ -225,12 +222,12 @@ class Worker:
             going.times = times
             self._arm(going)
 
-    def _narrow(self) -> None:
-        """There is less room than there was."""
+    def _narrow(self, blocks: int) -> None:
+        """There is less room than there was, or will be so many blocks less."""
         if (
             (going := self.going) is not None
             and going.decodes
-            and (going.grows or not fits(self.running, going.times, self.blocks.room, self.size))
+            and (going.grows or not fits(self.running, going.times, self.blocks.room - blocks, self.size))
         ):
             self.cut()
 
@@ -244,6 +241,7 @@ class Worker:
         if (seen := still(self)) == self._seen[0]:
             wish(self, self._seen[1])
             return
+        self.world.stir(self.id)
         for seq in self.moves.repay(self.running):
             self.preempt(self.sequences[seq])
         room = beside({self.id: self.blocks.room, **self.borrower.room()}, self.moves.wishes)
@@ -261,6 +259,7 @@ class Worker:
             first = self._seconds(step.chunks, 0, ())
             last = self._seconds(step.chunks, times - 1, grows) if times > 1 else first
             more = max(last - first, 0.0) / max(times - 1, 1)
+            first += self.world.seconds(self.id, self.moves.seconds()) / times
             self.going = Going(step, now, times, first, more, decodes, grows[::-1])
             if step.short and not self.borrower.asking:  # then it asks again
                 self.going.times = self.going.over(self.borrower.ask_again) + 1
@@ -314,7 +313,10 @@ class Worker:
             self.borrower.touch(grow.node, when)
 
     def _books(self, node: NodeId) -> tuple[Blocks, NodeId]:
-        return (self.blocks, OWN) if node == self.id else (self.world.worker(node).blocks, self.id)
+        if node == self.id:
+            return self.blocks, OWN
+        self.world.stir(node)
+        return self.world.worker(node).blocks, self.id
 
     def _seconds(self, chunks: tuple[Chunk, ...], later: int, grows: Collection[tuple[int, Grow]]) -> float:
         """What a step of these takes, so many steps alike later, with these blocks besides."""
@@ -389,6 +391,7 @@ class Worker:
         self.names.pop(sequence.id, None)
 
     def release(self, seq: SeqId) -> None:
+        self.world.stir(self.id)
         self.blocks.release(seq)
         self.borrower.release(seq)
         self.moves.forget(seq)

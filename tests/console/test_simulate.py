@@ -125,8 +125,11 @@ def test_a_file_is_judged_at_its_own_times_and_scaled_for_a_search(
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_gone_for_a_while_is_missed_and_everything_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
-    few: dict[str, Any] = {"policy": "pooled", "cluster": "1x2xA100", "requests": 120}
+@pytest.mark.parametrize("policy", ["pooled", "elastic"])
+def test_who_is_gone_for_a_while_is_missed_and_everything_is_answered(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few: dict[str, Any] = {"policy": policy, "cluster": "1x2xA100", "requests": 120}
     (whole,) = told(capsys, **few)
     (while_gone,) = told(capsys, **few, losses="n0@1-3")
     (for_good,) = told(capsys, **few, losses="n0@1")
@@ -148,8 +151,8 @@ def test_who_is_gone_for_a_while_is_missed_and_everything_is_answered(capsys: py
         ("rate", {"find_capacity": True, "slo": "ttft=1", "rate": 0.0}),
         ("seconds", {"find_capacity": True, "slo": "ttft=1", "seconds": 5.0}),
         ("losses", {"losses": "n0 dies"}),
-        ("losses", {"losses": "n0@1", "policy": "elastic"}),
         ("node", {"losses": "n9@1"}),
+        ("node", {"losses": "n9@1", "policy": "elastic"}),
         ("report", {"report": "/nowhere/report.html"}),
     ],
 )

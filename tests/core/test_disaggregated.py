@@ -56,6 +56,9 @@ def test_the_newest_has_to_go_where_slots_lack() -> None:
 
 def test_the_longest_is_what_one_that_decodes_can_hold() -> None:
     assert longest(SIDE, (*FOUR[:2], replace(FOUR[2], slots=70), replace(FOUR[3], slots=80)), SMALL) == 80
+    assert longest(SIDE, FOUR[2:], SMALL) == longest(SIDE, FOUR[:2], SMALL) == 0, (
+        "all that prefill, or decode, are lost"
+    )
 
 
 @given(

@@ -23,7 +23,7 @@ def test_cells_share_the_work_and_nothing_is_lost() -> None:
         pass
     here.check()
     assert len(endings) == 200 and here.totals().rows >= sum(each.output for each in endings)
-    large, small = (cell.asked for cell in here.cells)
+    large, small = (cell.books.asked for cell in here.cells)
     assert large + small == 200 and min(large, small) > 20
     assert {name for each in seen for name in each.nodes} == {site.id for site in PLACE.sites}
 

@@ -69,16 +69,16 @@ def history(
 @pytest.mark.parametrize("name", PLANNERS)
 def test_every_request_ends_and_nothing_is_left(name: str) -> None:
     endings, here = history(PLANNERS[name])
-    assert len(endings) == 120 and not here.requests
+    assert len(endings) == 120 and not here.books.requests
     refused = [each for each in endings if each.refused]
     assert bool(refused) == (name == "disaggregated"), "no single instance holds the long ones"
     assert all(f"more than the {SLOTS} that policy" in each.refused for each in refused)
     asked = sorted(
-        (each.prompt, each.output) for each in load(1, 120, 1.0) if each.prompt + each.output <= here.longest
+        (each.prompt, each.output) for each in load(1, 120, 1.0) if each.prompt + each.output <= here.books.longest
     )
     assert sorted((each.prompt, each.output) for each in endings if not each.refused) == asked
     assert all(each.asked < each.first <= each.last for each in endings if not each.refused)
-    assert all(each.used == 0 for each in here.places.values())
+    assert all(each.used == 0 for each in here.books.places.values())
     here.check()
 
 
@@ -89,10 +89,10 @@ def test_the_books_balance_after_every_event(name: str) -> None:
 
     def look(here: Groups) -> None:
         here.check()
-        used.append(sum(each.used for each in here.places.values()))
+        used.append(sum(each.used for each in here.books.places.values()))
 
     _, here = history(noted(PLANNERS[name], plans), look=look)
-    assert max(used) > 0.6 * SLOTS * len(here.places), "there was room for all, so little was checked"
+    assert max(used) > 0.6 * SLOTS * len(here.books.places), "there was room for all, so little was checked"
     if name == "elastic":
         assert any(len(each.group) > 1 for plan in plans for each in plan.prefills)
         assert any(len(each.masters) > 1 or len(each.group) > 1 for plan in plans for each in plan.decodes)
@@ -108,11 +108,11 @@ def test_what_does_not_balance_is_found() -> None:
     here.ask(100, 50, lambda _: None)
     here.clock.step(1000.0)
     here.check()
-    here.places["n0"].used += 1
+    here.books.places["n0"].used += 1
     with pytest.raises(Broken, match="slots in use"):
         here.check()
-    here.places["n0"].used -= 1
-    here.parties.clear()
+    here.books.places["n0"].used -= 1
+    here.books.parties.clear()
     with pytest.raises(Broken, match="requests"):
         here.check()
 
@@ -155,10 +155,10 @@ def test_a_plan_waits_for_the_step_in_hand_and_stops_nobody() -> None:
     here.ask(100, 50, endings.append)
     here.clock.step(1000.0)
     first = here.now
-    (party,) = here.parties
+    (party,) = here.books.parties
     here.run(first + 2.5 * party.first)
     here.ask(80, 1, endings.append)
-    (still,) = here.parties
+    (still,) = here.books.parties
     assert still.began == pytest.approx(first + party.seconds(3)) and still.requests[0].produced == 4
     here.run(1000.0)
     assert endings[0].prompt == 80
@@ -196,7 +196,7 @@ def test_short_prompts_take_one_instance_and_long_ones_four_and_stay_on_one() ->
         assert len(prefill.group) == degree
         here.clock.step(1000.0)
         (decode,) = plans[-1].decodes
-        assert len(decode.group) == 1 and here.parties[0].holders == {decode.group[0]}
+        assert len(decode.group) == 1 and here.books.parties[0].holders == {decode.group[0]}
 
 
 def test_prompts_and_answers_are_kept_apart() -> None:
@@ -242,10 +242,10 @@ def test_a_move_holds_up_both_ends() -> None:
     here.ask(200, 60, lambda _: None)
     here.clock.step(1000.0)
     here.clock.step(1000.0)
-    steps = max(party.began for party in here.parties)
+    steps = max(party.began for party in here.books.parties)
     assert steps > here.now, "s1 is in the middle of a step"
-    here._plan()
-    (party,) = here.parties
+    here.plan()
+    (party,) = here.books.parties
     assert here.moved == 200 and party.began == pytest.approx(steps + COST.move(200))
     here.check()
 

@@ -114,9 +114,10 @@ def test_the_ledger_hears_what_is_wanted_back(monkeypatch: pytest.MonkeyPatch) -
 def test_what_was_lent_for_longer_is_not_wanted_back_before() -> None:
     books = Blocks("a", 40, BLOCK, 36)
     one = lender.Lender(books, 1)
-    assert one.lend("b", 20, Terms(save=False, hold=8.0), now=2.0) == 20
-    assert one.lend("c", 5, AT_ONCE, now=2.0) == 5
+    for borrower, blocks, terms in (("b", 20, Terms(save=False, hold=8.0)), ("c", 5, AT_ONCE)):
+        assert one.offer(borrower, blocks, terms, now=2.0) == blocks and borrower not in books.loans
+        one.lend(borrower, blocks, terms, now=2.0)
     assert one.recall(10, now=9.9) == [("c", 5)]
     assert one.recall(10, now=10.0) == [("b", 10)]
-    assert one.lend("d", 1, AT_ONCE, now=11.0) is None, "it rests"
+    assert one.offer("d", 1, AT_ONCE, now=11.0) is None, "it rests"
     assert [loan.recalled for loan in one.told()] == [10, 5]

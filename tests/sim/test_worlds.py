@@ -62,10 +62,10 @@ def test_disaggregated_takes_how_many_prefill() -> None:
     for name, count in (("disaggregated", 2), ("disaggregated:1", 1), ("disaggregated:3", 3)):
         here = made(name)
         assert isinstance(here, Groups)
-        assert here.longest == here.places["n3"].slots
+        assert here.books.longest == here.books.places["n3"].slots
         here.ask(100, 2, lambda _: None)
         here.clock.step(1000.0)
-        assert here.parties[0].group == (f"n{count}",)
+        assert here.books.parties[0].group == (f"n{count}",)
 
 
 def test_the_same_devices_as_one_worker() -> None:

@@ -109,17 +109,12 @@ class Script:
         self.there.look()
 
     def lose(self, node: str) -> None:
-        self._simulation().die(node)
+        self.there.world.die(node)
         self.there.look()
 
     def revive(self, node: str) -> None:
-        self._simulation().revive(node)
+        self.there.world.revive(node)
         self.there.look()
-
-    def _simulation(self) -> Simulation:
-        if not isinstance(self.there, SimulationSeen):
-            raise ValueError("no node is lost in a world of groups")
-        return self.there.world
 
     def later(self, seconds: str, *words: str) -> None:
         if words[0] not in ("ask", "lose", "return"):

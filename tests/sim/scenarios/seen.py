@@ -16,6 +16,7 @@ from infinillm.core.request import Sequence, total
 from infinillm.core.types import Move, NodeId
 from infinillm.sim.cells import Cells
 from infinillm.sim.groups import Groups
+from infinillm.sim.parties import Place
 from infinillm.sim.simulation import Ending, Simulation
 from infinillm.sim.worker import Worker
 
@@ -222,18 +223,34 @@ class GroupsSeen(Seen):
         super().__init__(world)
         self.cells = world.cells if isinstance(world, Cells) else [world]
         self.before: dict[str, Planned] = {}
+        self.there = self._places()
+
+    def _places(self) -> dict[NodeId, Place | None]:
+        """All instances; those that are lost have none."""
+        return {site.id: cell.books.places.get(site.id) for cell in self.cells for site in cell.cluster.sites}
 
     def memory(self) -> list[str]:
-        places = [place for cell in self.cells for place in cell.places.values()]
-        return [f"{'':7}  {each.site.id:<8} {each.slots:,} tokens: {each.used:,} used" for each in places]
+        return [
+            f"{'':7}  {node:<8} {f'{place.slots:,} tokens: {place.used:,} used' if place else 'lost'}"
+            for node, place in self._places().items()
+        ]
 
     def look(self) -> None:
         for cell in self.cells:
             cell.check()
         before, self.before = self.before, {name: each for cell in self.cells for name, each in _planned(cell).items()}
+        there, self.there = self.there, self._places()
+        for node, place in self.there.items():
+            if (place is None) != (there[node] is None):
+                self.say(node, "is there again, with nothing in it" if place else "is lost")
         self.ended()
         for name, now in self.before.items():
-            self._request(name, before.get(name), now)
+            was = before.get(name)
+            if was is not None and not all(self.there[node] for node, _ in was.held):
+                if was.first:
+                    self.say(name, "has lost what was kept of it, which is computed again")
+                was = None
+            self._request(name, was, now)
 
     def _request(self, name: str, before: Planned | None, now: Planned) -> None:
         if before is not None and not before.first and now.first:
@@ -260,18 +277,18 @@ class GroupsSeen(Seen):
 
 
 def _planned(cell: Groups) -> dict[str, Planned]:
-    found = dict.fromkeys(cell.waiting, WAITS)
-    for prefill in cell.prefills:
+    found = dict.fromkeys(cell.books.waiting, WAITS)
+    for prefill in cell.books.prefills:
         found |= dict.fromkeys(prefill.requests, WAITS._replace(prefill=prefill.group))
-    for party in cell.parties:
+    for party in cell.books.parties:
         masters = {each.id: master for master, requests in party.masters.items() for each in requests}
         for each in party.requests:
             going = party.times > 0
             group, master = (party.group, masters[each.id]) if going else ((), "")
             found[each.id] = Planned((), group, master, rests=not going, first=True, held=())
     return {
-        named(cell.requests[seq]): each._replace(
-            first=cell.requests[seq].produced > 0, held=tuple(sorted(cell.requests[seq].held.items()))
+        named(cell.books.requests[seq]): each._replace(
+            first=cell.books.requests[seq].produced > 0, held=tuple(sorted(cell.books.requests[seq].held.items()))
         )
         for seq, each in found.items()
     }
