@@ -19,25 +19,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
+from infinillm.core.holding import Holding
 from infinillm.core.layout import firsts
 from infinillm.core.names import MARK_EVERY, mark
 from infinillm.core.types import Loan, LoanId, NodeId, Refused, SeqId
 from infinillm.errors import Broken
 
 OWN = ""
-
-
-@dataclass(slots=True)
-class Holding:
-    """Blocks of one sequence on this node, by the position of their first slot, ascending; which of them are shared."""
-
-    firsts: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    guests: set[int] = field(default_factory=set)
 
 
 class Blocks:
@@ -47,9 +39,9 @@ class Blocks:
         self.node, self.count, self.block_size, self.lendable = node, count, block_size, lendable
         self.loans: dict[NodeId, Loan] = {}
         self._free = list(range(count - 1, -1, -1))
-        self._references = [0] * count
-        self._keepers = [0] * count  # of the references: those of the node's own sequences, and of guests
-        self._used = self._guests = 0
+        self._references: dict[int, int] = {}  # to blocks with a name; one without has one holder, or none
+        self._keepers: dict[int, int] = {}  # of the references: those of the node's own sequences, and of guests
+        self._used = self._guests = self._lent = 0
         self.marks: set[int] = set()  # of the landmarks that are here
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._by_name: dict[bytes, int] = {}
@@ -61,7 +53,7 @@ class Blocks:
 
     @property
     def lent(self) -> int:
-        return sum([loan.blocks for loan in self.loans.values()])
+        return self._lent
 
     @property
     def room(self) -> int:
@@ -139,14 +131,15 @@ class Blocks:
                 holding.guests.add(first)
             self._idle.pop(block, None)
             self._references[block] += 1
-            self._keep(block)
-            self._insert(holding, (first,), (block,))
+            self._used += self._keepers[block] == 0
+            self._keepers[block] += 1
+            holding.insert((first,), (block,))
             shared.append(first)
         if not holding.blocks:
             del self._holdings[owner, seq]
         for whose, gone in taken.items():
             self._drop(whose, seq, gone)
-            self.loans[whose] = replace(self.loans[whose], blocks=self.loans[whose].blocks - len(gone))
+            self._promise(replace(self.loans[whose], blocks=self.loans[whose].blocks - len(gone)))
         return shared
 
     def grow(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
@@ -157,8 +150,10 @@ class Blocks:
         if blocks > self.count:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
         held = self._holdings.get((owner, seq))
-        have = set(held.firsts) if held is not None and held.firsts and first <= held.firsts[-1] else ()
-        wanted = [at for at in firsts(first, blocks, self.block_size) if at not in have]
+        wanted: Sequence[int] = firsts(first, blocks, self.block_size)
+        if held is not None and held.firsts and first <= held.firsts[-1]:
+            have = set(held.firsts)
+            wanted = [at for at in wanted if at not in have]
         return self._reserve(self._holdings, seq, wanted, owner)
 
     def stage(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
@@ -167,7 +162,7 @@ class Blocks:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, which has {self.count}")
         wanted = firsts(first, blocks, self.block_size)
         for held in (self._holdings.get((owner, seq)), self._staged.get((owner, seq))):
-            if held is not None and not set(wanted).isdisjoint(held.firsts):
+            if held is not None and bisect_left(held.firsts, wanted.start) < bisect_left(held.firsts, wanted.stop):
                 return Refused(f"{self.node} has blocks of {seq} from position {first} on already")
         return self._reserve(self._staged, seq, wanted, owner)
 
@@ -175,7 +170,7 @@ class Blocks:
         """What was staged has come: from now on the sequence has it here."""
         staged = self._staged.pop((owner, seq), Holding())
         holding = self._holdings.setdefault((owner, seq), Holding())
-        self._insert(holding, staged.firsts, staged.blocks)
+        holding.insert(staged.firsts, staged.blocks)
 
     def abandon(self, owner: NodeId = OWN) -> None:
         """What was staged will not come."""
@@ -185,7 +180,8 @@ class Blocks:
     def leave(self, seq: SeqId, first: int, blocks: int, owner: NodeId = OWN) -> Refused | None:
         """Let go of a sequence's blocks from `first` on; refused whole where one is not here."""
         holding, gone = self._holdings.get((owner, seq), Holding()), firsts(first, blocks, self.block_size)
-        if blocks > len(holding.blocks) or not set(gone) <= set(holding.firsts):
+        at = bisect_left(holding.firsts, first)
+        if blocks > len(holding.blocks) or holding.firsts[at : at + blocks] != [*gone]:
             return Refused(f"{self.node} does not hold {blocks} blocks of {seq} from position {first} on")
         self._drop(owner, seq, set(gone))
         return None
@@ -207,11 +203,10 @@ class Blocks:
         if blocks > room:
             return Refused(f"{seq} asked for {blocks} blocks of {self.node}, {room} are left to {owner or 'itself'}")
         holding = holdings.setdefault((owner, seq), Holding())
-        taken = [self._take() for _ in positions]
-        self._insert(holding, positions, taken)
-        for block in taken if owner == OWN else ():
-            self._keep(block)
-        if loan is not None and owner != OWN:
+        holding.insert(positions, self._take(blocks))
+        if owner == OWN:
+            self._used += blocks
+        elif loan is not None:
             self.loans[owner] = replace(loan, used=loan.used + blocks)
         return None
 
@@ -237,23 +232,22 @@ class Blocks:
         self._let_go(owner, left)
 
     def _let_go(self, owner: NodeId, left: Holding) -> None:
-        for first, block in zip(reversed(left.firsts), reversed(left.blocks), strict=True):
-            self._references[block] -= 1  # the end of a prefix before its beginning: so it is evicted first
-            if owner == OWN or first in left.guests:
-                self._keepers[block] -= 1
-                self._used -= self._keepers[block] == 0
-            if self._references[block] == 0:
-                if block in self._names:
+        """The end of a prefix before its beginning: so it is evicted first."""
+        kept, gone = owner == OWN, left.blocks[::-1]
+        plain = [block for block in gone if block not in self._names] if self._names else gone
+        self._free += plain
+        self._used -= len(plain) if kept else 0
+        for first, block in zip(reversed(left.firsts), gone, strict=True) if len(plain) < len(gone) else ():
+            if block in self._names:
+                self._references[block] -= 1
+                if kept or first in left.guests:
+                    self._keepers[block] -= 1
+                    self._used -= self._keepers[block] == 0
+                if self._references[block] == 0:
                     self._idle[block] = None
-                else:
-                    self._free.append(block)
         self._guests -= len(left.guests)
         if owner != OWN and (loan := self.loans.get(owner)):
             self.loans[owner] = replace(loan, used=loan.used - len(left.blocks) + len(left.guests))
-
-    def _keep(self, block: int) -> None:
-        self._used += self._keepers[block] == 0
-        self._keepers[block] += 1
 
     def seal(self, seq: SeqId, first: int, name: bytes, owner: NodeId = OWN) -> None:
         """A full block of a sequence has its final content: others may share it from now on."""
@@ -267,6 +261,7 @@ class Blocks:
         if block not in self._names:
             self._by_name[name] = block
             self._names[block] = name
+            self._references[block], self._keepers[block] = 1, int(owner == OWN)
             if (first // self.block_size) % MARK_EVERY == MARK_EVERY - 1:
                 self.marks.add(mark(name))
 
@@ -292,7 +287,7 @@ class Blocks:
             if old
             else Loan(id, self.node, borrower, blocks, until)
         )
-        self.loans[borrower] = loan
+        self._promise(loan)
         return loan
 
     def loan(self, id: LoanId) -> Loan | None:
@@ -326,10 +321,15 @@ class Blocks:
             blocks = loan.blocks
         blocks = min(blocks, loan.blocks - loan.used)
         if blocks == loan.blocks and not self.holders(borrower):
-            del self.loans[borrower]
+            self._lent -= self.loans.pop(borrower).blocks
         else:
-            self.loans[borrower] = replace(loan, blocks=loan.blocks - blocks)
+            self._promise(replace(loan, blocks=loan.blocks - blocks))
         return blocks
+
+    def _promise(self, loan: Loan) -> None:
+        old = self.loans.get(loan.borrower)
+        self._lent += loan.blocks - (old.blocks if old is not None else 0)
+        self.loans[loan.borrower] = loan
 
     def due(self, now: float) -> list[Loan]:
         """The loans nobody renewed in time."""
@@ -355,45 +355,31 @@ class Blocks:
         places = [*self._free, *self._idle, *held]
         if sorted(places) != list(range(self.count)):
             raise Broken(f"{self.node}: {len(places)} places for {self.count} blocks")
-        if any(self._references[block] != held.get(block, 0) for block in range(self.count)):
-            raise Broken(f"{self.node}: a reference count is wrong")
-        if self._keepers != [kept.get(block, 0) for block in range(self.count)] or self._used != sum(
-            map(bool, self._keepers)
+        if self._references != {block: held.get(block, 0) for block in self._names} or any(
+            count > 1 and block not in self._names for block, count in held.items()
         ):
+            raise Broken(f"{self.node}: a reference count is wrong")
+        if self._keepers != {b: kept.get(b, 0) for b in self._names} or self._used != sum(map(bool, kept.values())):
             raise Broken(f"{self.node}: it is wrong which blocks are kept")
         for borrower, loan in self.loans.items():
             if loan.used != by_owner.get(borrower, 0) or loan.used > loan.blocks:
                 raise Broken(f"{self.node}: {borrower} holds {by_owner.get(borrower, 0)} under {loan}")
+        if self._lent != sum(loan.blocks for loan in self.loans.values()):
+            raise Broken(f"{self.node}: {self._lent} lent, which is not the sum of its loans")
         if set(by_owner) - set(self.loans) - {OWN}:
             raise Broken(f"{self.node}: somebody holds blocks without a loan")
         if self.room < 0 or self.used + self.lent > self.count or self.lent > max(self.lendable, 0):
             raise Broken(f"{self.node}: used {self.used} + lent {self.lent} of {self.count}, lendable {self.lendable}")
 
-    def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
+    def _take(self, blocks: int) -> list[int]:
+        """So many for new content: the free ones, then those that were idle for longest."""
+        left = max(len(self._free) - blocks, 0)
+        taken = self._free[left:][::-1]
+        del self._free[left:]
+        while len(taken) < blocks:
             block, _ = self._idle.popitem(last=False)
             name = self._names.pop(block)
-            del self._by_name[name]
+            del self._by_name[name], self._references[block], self._keepers[block]
             self.marks.discard(mark(name))
-        self._references[block] = 1
-        return block
-
-    @staticmethod
-    def _insert(holding: Holding, positions: Sequence[int], blocks: Sequence[int]) -> None:
-        if positions and (not holding.firsts or positions[0] > holding.firsts[-1]):
-            holding.firsts.extend(positions)
-            holding.blocks.extend(blocks)
-            return
-        for first, block in zip(positions, blocks, strict=True):
-            at = bisect_left(holding.firsts, first)
-            assert holding.firsts[at : at + 1] != [first], (first, holding.firsts)
-            holding.firsts.insert(at, first)
-            holding.blocks.insert(at, block)
-
-
-def slots(holding: Holding, positions: Iterable[int], block_size: int) -> list[int]:
-    """Where in the pool the tokens at these positions go: block * block_size + offset."""
-    where = dict(zip(holding.firsts, holding.blocks, strict=True))
-    return [where[p - p % block_size] * block_size + p % block_size for p in positions]
+            taken.append(block)
+        return taken

@@ -128,15 +128,18 @@ class Promised:
 
     def __init__(self) -> None:
         self._sent: dict[NodeId, deque[tuple[float, int]]] = {}  # (when, blocks), oldest first
+        self._expected: tuple[Ledger, Ledger] | None = None  # what is expected of a ledger, until one of both changes
 
     def add(self, node: NodeId, blocks: int, now: float) -> None:
         self._sent.setdefault(node, deque()).append((now, blocks))
+        self._expected = None
 
     def heard(self, node: NodeId, now: float) -> None:
         """The node has told of its queue: what was sent some time ago is in it."""
         sent = self._sent.get(node)
         while sent and sent[0][0] < now - ARRIVAL_SECONDS:
             sent.popleft()
+            self._expected = None
 
     def waits(self, node: NodeId) -> bool:
         """Whether there are any for a node."""
@@ -144,11 +147,14 @@ class Promised:
 
     def forget(self, node: NodeId) -> None:
         self._sent.pop(node, None)
+        self._expected = None
 
     def expected(self, ledger: Ledger) -> Ledger:
-        """The ledger with all of these in the queues."""
-        sums = {node: (sum(blocks for _, blocks in sent), len(sent)) for node, sent in self._sent.items() if sent}
-        return expecting(ledger, sums)
+        """The ledger with all of these in the queues; the same value as before where nothing has changed."""
+        if self._expected is None or self._expected[0] is not ledger:
+            sums = {node: (sum(blocks for _, blocks in sent), len(sent)) for node, sent in self._sent.items() if sent}
+            self._expected = ledger, expecting(ledger, sums)
+        return self._expected[1]
 
 
 def expecting(ledger: Ledger, promised: Mapping[NodeId, tuple[int, int]]) -> Ledger:

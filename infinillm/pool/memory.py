@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from infinillm.attention.store import Store, build_table
-from infinillm.core.blocks import OWN, Blocks, Holding, slots
+from infinillm.core.blocks import OWN, Blocks
+from infinillm.core.holding import Holding, slots
 from infinillm.core.layout import firsts
 from infinillm.core.types import NodeId, Part, Plan, Refused, Stretch
 from infinillm.errors import Broken

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infinillm.core.blocks import Blocks, Holding, slots
+from infinillm.core.blocks import Blocks
+from infinillm.core.holding import Holding, slots
 from infinillm.core.names import marks, prefix_hashes
 from infinillm.core.types import Loan, Refused
 from infinillm.errors import Broken

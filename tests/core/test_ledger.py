@@ -322,3 +322,19 @@ def test_what_was_sent_waits_until_the_node_has_told_of_its_queue() -> None:
     assert promised.waits("a"), "it was on its way"
     promised.heard("a", 2.0)
     assert not promised.waits("a")
+
+
+def test_what_is_expected_of_a_ledger_is_the_same_value_until_something_is_sent_or_heard() -> None:
+    promised, ledger = Promised(), apply(Ledger(1), Joined(Report(A)))
+    assert promised.expected(ledger) is ledger
+    promised.add(A.id, 7, 1.0)
+    found = promised.expected(ledger)
+    assert found.nodes[A.id].waiting == A.waiting + 1 and promised.expected(ledger) is found
+    other = apply(ledger, Reported(replace(A, waiting=3)))
+    assert promised.expected(other).nodes[A.id].waiting == 4
+    promised.heard(A.id, 2.0)
+    assert promised.expected(other) is other
+    promised.add(A.id, 7, 3.0)
+    assert promised.expected(other) is not other
+    promised.forget(A.id)
+    assert promised.expected(other) is other
