@@ -9,7 +9,7 @@ MOST_REFUSED = 20  # wishes in a row, before waiting requests let go of what oth
 # Who gives way computes again what it had: two short nodes that recalled at once from each other served half as much.
 RECALL_AFTER_SECONDS = 50.0  # that a request waits alone and is refused, before what its node lent is wanted back
 LEFT_ALONE_TIMES = 5.0  # as long as a prompt takes to compute, what is lent for it is not wanted back
-MOST_HELD_SECONDS = 3600.0  # for which nothing of a loan is wanted back, whatever its borrower asks for
+MOST_HELD_SECONDS = 86_400.0  # for which nothing of a loan is wanted back: 2M tokens take an A100 two hours
 GRACE_SECONDS = 5.0  # in which many a request ends that lies at a lender which wants blocks back
 REST_SECONDS = 10.0  # after a recall; else the borrower has the blocks again before those who waited for them
 DOUBT_SECONDS = 3.0  # a borrower that lives and needs its blocks talks again with its next step
