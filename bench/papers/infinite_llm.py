@@ -141,11 +141,11 @@ def _busy(batch: int) -> float:
 # --- throughput ------------------------------------------------------------------------------------------------------
 
 MODELS = {"Llama-2-7B": 1, "Llama-2-13B": 2, "Llama-2-70B": 8}  # tensor parallel degree of an instance
-SHORTS, LONGS = ("t0", "t1", "t2"), ("t3", "t4", "t5", "t6")
+SHORTS, LONGS = ("t0", "t1", "t2"), ("t3", "t4", "t5", "t6", "t7", "t8")
 FEWER, INSIDE = ("t3",), ("t3", "t4")  # of larger models, and on one server
 AGAINST_MANY, AGAINST_ONE = (1.35, 1.73), (1.4, 3.4)
 EACH = 40  # requests an instance
-LONG = {"t3": 0.05, "t4": 0.05, "t5": 0.04, "t6": 0.03}  # of a trace, as workloads.json has it
+LONG = {"t3": 0.05, "t4": 0.05, "t5": 0.04, "t6": 0.03, "t7": 0.02, "t8": 0.015}  # of a trace, as workloads.json has it
 LONG_COUNT, QUICK = 20, 60  # long requests of a run on average; requests of a quick one
 
 
@@ -192,7 +192,7 @@ def against_many(quick: bool, say: Say) -> Iterator[Cell]:
 
 
 def against_one(quick: bool, say: Say) -> Iterator[Cell]:
-    """Traces 3 to 6: the whole cluster, and one server, in which no slow link is in the way."""
+    """Traces 3 to 7: the whole cluster, and one server, in which no slow link is in the way."""
     for model, degree in list(MODELS.items())[: 1 if quick else None]:
         size = read_size(model, BLOCK, DTYPE)
         for trace in LONGS[:1] if quick else LONGS if degree == 1 else FEWER:

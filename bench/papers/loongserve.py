@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import NamedTuple
 
 from bench.papers.rows import BUILT, PREDICTED, Row, one
@@ -73,11 +74,13 @@ def requests(rate: float, seconds: float, quick: bool) -> int:
     return QUICK if quick else min(max(round(rate * seconds), LEAST), MOST)
 
 
-def per_token(policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int) -> float:
-    """Mean seconds a token, of prompt and output; infinite where some are refused."""
+def per_token(
+    policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int, within: float = inf
+) -> float:
+    """Mean seconds a token, of prompt and output; infinite where some are refused, or not answered `within` so long."""
     world = worlds.world(policy, place, size, budget, lend_fraction=LEND, beat_seconds=BEAT)
     tally = worlds.answered(world, workload(trace, rate=rate, seed=SEED, count=count))
-    return tally.per_token.mean if tally.served and not tally.refused else float("inf")
+    return tally.per_token.mean if tally.served and not tally.refused and world.now <= within else inf
 
 
 def speed_ups(rows: list[Row]) -> Iterator[Row]:

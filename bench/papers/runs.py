@@ -74,8 +74,8 @@ def computed(world: Any) -> float:
     match world:
         case Cells(cells=cells):
             return sum(map(computed, cells))
-        case Groups(requests=requests):
-            return sum(each.tokens for each in requests.values() if each.produced)
+        case Groups(books=books):
+            return sum(each.tokens for each in books.requests.values() if each.produced)
     return sum(_computed(each, world.now) for each in world.workers.values())
 
 
@@ -122,10 +122,10 @@ def saturated(
     return found
 
 
-def highest(latency: Callable[[float], float], limit: float, start: float) -> float:
+def highest(latency: Callable[[float], float], limit: float, start: float, halvings: int = HALVINGS) -> float:
     """The rate at which a latency that rises with the rate passes a limit; straight between the last two rates.
 
-    Infinity where it is kept at a rate many times as large as `start`.
+    Infinity where it is kept at a rate many times as large as `start`; 0 where the latency is infinite at every rate.
     """
     low, high = 0.0, start
     below, above = 0.0, latency(start)
@@ -134,14 +134,16 @@ def highest(latency: Callable[[float], float], limit: float, start: float) -> fl
             return float("inf")
         low, below, high = high, above, 2 * high
         above = latency(high)
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         middle = (low + high) / 2
         found = latency(middle)
         if found <= limit:
             low, below = middle, found
         else:
             high, above = middle, found
-    share = (limit - below) / (above - below) if above < float("inf") else 0.5
+    if above == float("inf"):
+        return (low + high) / 2 if low else 0.0
+    share = (limit - below) / (above - below)
     return low + share * (high - low)
 
 

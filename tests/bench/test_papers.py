@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,12 @@ def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
     rows.write(tmp_path / "some.csv", found)
     assert rows.read(tmp_path / "some.csv") == found
     assert "| group | what | 1.5 to 2 | 34430 times | 17215.00 | predicted; a, b |" in rows.table(found[1:])
+
+
+def test_traces_have_as_many_long_requests_as_is_said() -> None:
+    lengths = json.loads((DOCS.parents[1] / "infinillm/sim/data/workloads.json").read_text())["lengths"]
+    assert {name: lengths[name]["share"] for name in infinite_llm.LONG} == infinite_llm.LONG
+    assert {*infinite_llm.LONGS} <= {*infinite_llm.LONG}
 
 
 def test_throughput_at_saturation_is_what_the_work_takes() -> None:
