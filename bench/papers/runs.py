@@ -125,7 +125,7 @@ def saturated(
 def highest(latency: Callable[[float], float], limit: float, start: float, halvings: int = HALVINGS) -> float:
     """The rate at which a latency that rises with the rate passes a limit; straight between the last two rates.
 
-    Infinity where it is kept at a rate many times as large as `start`; 0 where the latency is infinite at every rate.
+    Infinity where it is kept at a rate many times as large as `start`.
     """
     low, high = 0.0, start
     below, above = 0.0, latency(start)
@@ -141,9 +141,7 @@ def highest(latency: Callable[[float], float], limit: float, start: float, halvi
             low, below = middle, found
         else:
             high, above = middle, found
-    if above == float("inf"):
-        return (low + high) / 2 if low else 0.0
-    share = (limit - below) / (above - below)
+    share = (limit - below) / (above - below) if above < float("inf") else 0.5
     return low + share * (high - low)
 
 
