@@ -102,10 +102,11 @@ def _server(name: str) -> Callable[[Any], None]:
     def run(settings: Any) -> None:
         import importlib
 
+        from infinillm.servers.process import to_its_end
         from infinillm.telemetry import start_log
 
         start_log(getattr(settings, "id", "") or name, settings.log_level)
-        asyncio.run(importlib.import_module(f"infinillm.servers.{name}").run(settings))
+        asyncio.run(to_its_end(importlib.import_module(f"infinillm.servers.{name}").run(settings)))
 
     return run
 

@@ -216,7 +216,7 @@ def standings(rows: list[Row], path: Path) -> None:
         what: [(found.get((name, what)) or 0.0) / top if (top := whole[name]) else None for name in groups]
         for what in names
     }
-    with drawn(path, 2.2 * len(groups) + 1.0, 3.4) as (axes,):
+    with drawn(path, max(0.42 * len(series) * len(groups), 4.0) + 1.0, 3.4) as (axes,):
         bars(axes, groups, series)
         axes.axhline(1.0, color=INK, lw=0.8, ls=":")
         axes.set_ylabel("of what auto reaches")

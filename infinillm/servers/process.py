@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 
 from infinillm.telemetry import log
+
+TOLD_BY = signal.SIGTERM, signal.SIGINT
 
 
 class Told:
@@ -15,7 +17,7 @@ class Told:
 
     def __init__(self) -> None:
         self.once, self.again = asyncio.Event(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in TOLD_BY:
             asyncio.get_running_loop().add_signal_handler(number, self._hear)
 
     def _hear(self) -> None:
@@ -28,6 +30,16 @@ class Told:
         told.cancel()
         failures = (task.exception() for task in done if not task.cancelled())
         return next((failure for failure in failures if failure is not None), None)
+
+
+async def to_its_end(server: Awaitable[None]) -> None:
+    """Run it. Who is told to hurry when he is done ends as if he were not: with the loop, its signals would kill."""
+    try:
+        await server
+    finally:
+        for number in TOLD_BY:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 def say(what: str, share: float) -> None:
