@@ -49,9 +49,11 @@ SYSTEMS = (  # name, policy, cluster
     ("auto", "auto", SERVER),
     ("auto, workers of four", "auto", f"{SERVER}:tp4"),
     ("elastic", "elastic", SERVER),
+    ("elastic, workers of four", "elastic", f"{SERVER}:tp4"),
     ("proactive", "proactive", SERVER),
     ("pooled", "pooled", SERVER),
     ("whole", "whole", SERVER),
+    ("whole, workers of four", "whole", f"{SERVER}:tp4"),
     ("single", "single", SERVER),
 )
 LONGER, SEEDS = 3, (0, 1, 2)  # runs than those of the paper's tables

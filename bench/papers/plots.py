@@ -17,7 +17,7 @@ mpl.use("Agg")
 
 INK, GRID = "#768390", "#76839040"  # as dark on white as light on black
 PAPER = "#a3adb8"
-COLOURS = ("#2f81f7", "#e3822b", "#2ea67a", "#b168d6", "#d1495b", "#8f8f2a", "#1fa3b5", "#a6761d")
+COLOURS = ("#2f81f7", "#e3822b", "#2ea67a", "#b168d6", "#d1495b", "#8f8f2a", "#1fa3b5", "#a6761d", "#57606a")
 STYLE = {
     "svg.hashsalt": "infinillm",
     "svg.fonttype": "none",
