@@ -102,7 +102,7 @@ def price(plan: Plan, state: State, times: Times) -> float:
             continue
         tokens, squares = request.tokens, request.tokens**2
         ends = [
-            (group.free + times.prefill[min(group.width, times.widest) - 1](tokens, squares), at)
+            (group.free + times.on(group.width, tokens, squares), at)
             for at, group in enumerate(groups)
             if group.slots >= tokens + request.left
         ]

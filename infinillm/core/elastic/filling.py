@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from infinillm.core.elastic.dispatching import suffices
 from infinillm.core.elastic.scaling import retention
@@ -37,20 +38,18 @@ def filled(plan: Plan, state: State, times: Times, first: Waiting | None) -> Pla
     takers = [side for side in sides if not side.decode or side.busy <= STEPS * side.decode.seconds]
     if first in rest:
         rest.remove(first)
-        if able := [side for side in takers if side.fits(first)]:
-            min(able, key=lambda side: side.price(first)).add(first)
+        if side := _cheapest(first, takers):
+            side.add(first)
         else:
             takers = _unreserved(first, takers)
-    empty = [_Empty(side.ends, side.width) for side in sides] + [_Empty(state.soon, 1)]
+    empty = [_Empty(side.ends, len(side.instances)) for side in sides] + [_Empty(state.soon, 1)]
     for request in rest:
-        (now, _), side = min(
-            ((each.price(request), each) for each in takers if each.fits(request)),
-            key=lambda choice: choice[0],
-            default=((float("inf"), 0.0), None),
-        )
+        side = _cheapest(request, takers)
+        now = side.price(request)[0] if side else inf
         later = min(empty, key=lambda each: each.after(request, times))
-        if later.after(request, times) * request.weight < now:
-            later.seconds = later.after(request, times)
+        seconds = later.after(request, times)
+        if seconds * request.weight < now:
+            later.seconds = seconds
         elif side:
             side.add(request)
     decodes = tuple(side.decoding() for side in sides if side.decode)
@@ -75,18 +74,14 @@ class _Side:
     prompts: list[Waiting] = field(default_factory=list)
     tokens: int = 0
     squares: int = 0
-    slots: int = 0
-    room: int = 0
-    needed: int = 0
+    slots: int = field(init=False)
+    room: int = field(init=False)
+    needed: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = free(self.instances) + sum(tokens for _, tokens in self.known)
         self.room = free(self.instances) - len(self.known)
         self.needed = sum(left + tokens for left, tokens in self.known)
-
-    @property
-    def width(self) -> int:
-        return min(len(self.instances), self.times.widest)
 
     @property
     def busy(self) -> float:
@@ -112,7 +107,7 @@ class _Side:
         return (self.busy + after) * request.weight + (after - before) * self.weight, self.needed / self.slots
 
     def seconds(self, tokens: int, squares: int) -> float:
-        return self.times.prefill[self.width - 1](tokens, squares)
+        return self.times.on(len(self.instances), tokens, squares)
 
     def steps(self, request: Waiting) -> int:
         """Steps until those who end leave room for this request, or for as much of it as there can be."""
@@ -162,7 +157,7 @@ class _Empty:
 
     def after(self, request: Waiting, times: Times) -> float:
         """Seconds until a prompt is computed then."""
-        return self.seconds + times.prefill[self.width - 1](request.tokens, request.tokens**2)
+        return self.seconds + times.on(self.width, request.tokens, request.tokens**2)
 
 
 def _sides(plan: Plan, state: State, times: Times) -> Iterator[_Side]:
@@ -175,6 +170,11 @@ def _sides(plan: Plan, state: State, times: Times) -> Iterator[_Side]:
         yield _Side(decode, [idle.pop(name) for name in decode.group], times, known, weight)
     for instance in idle.values():
         yield _Side(None, (instance,), times, [], 0.0)
+
+
+def _cheapest(request: Waiting, sides: Sequence[_Side]) -> _Side | None:
+    """Where a request begins at the least price, of those that have the slots."""
+    return min((side for side in sides if side.fits(request)), key=lambda side: side.price(request), default=None)
 
 
 def _unreserved(request: Waiting, sides: Sequence[_Side]) -> list[_Side]:

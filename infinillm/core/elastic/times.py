@@ -61,9 +61,13 @@ class Times:
         """The largest degree of parallelism."""
         return len(self.prefill)
 
+    def on(self, instances: int, tokens: float, squares: float) -> float:
+        """Seconds of one prefill striped over so many instances, or over as many as may be."""
+        return self.prefill[min(instances, self.widest) - 1](tokens, squares)
+
     def alone(self, tokens: int) -> float:
         """Seconds of one prompt on one instance."""
-        return self.prefill[0](tokens, tokens**2)
+        return self.on(1, tokens, tokens**2)
 
     def quickest(self, instances: int, tokens: float, squares: float) -> float:
         """Seconds of one prefill at the best degree that so many instances allow."""
