@@ -74,13 +74,18 @@ def requests(rate: float, seconds: float, quick: bool) -> int:
     return QUICK if quick else min(max(round(rate * seconds), LEAST), MOST)
 
 
-def per_token(
-    policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int, within: float = inf
-) -> float:
-    """Mean seconds a token, of prompt and output; infinite where some are refused, or not answered `within` so long."""
+def per_token(policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int) -> float:
+    """Mean seconds a token, of prompt and output; infinite where some are refused."""
+    return answering(policy, place, size, budget, trace, rate, count)[0]
+
+
+def answering(
+    policy: str, place: str, size: Size, budget: Budget, trace: str, rate: float, count: int
+) -> tuple[float, float]:
+    """As `per_token`, and the moment when all are answered."""
     world = worlds.world(policy, place, size, budget, lend_fraction=LEND, beat_seconds=BEAT)
     tally = worlds.answered(world, workload(trace, rate=rate, seed=SEED, count=count))
-    return tally.per_token.mean if tally.served and not tally.refused and world.now <= within else inf
+    return (tally.per_token.mean if tally.served and not tally.refused else inf), world.now
 
 
 def speed_ups(rows: list[Row]) -> Iterator[Row]:

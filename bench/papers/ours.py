@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from math import inf
 from statistics import fmean
 from typing import NamedTuple
@@ -66,21 +67,30 @@ def rates(quick: bool, say: Say) -> Iterator[Row]:
     Not kept up with is what it takes as long again to answer as it took to come: the mean latency a token hardly tells
     of long requests that are put off for ever.
     """
-    size = read_size("LWM-7B", loongserve.BLOCK, loongserve.DTYPE)
-    budget = replace(loongserve.BUDGET, tokens=CHUNK)
     for each in SETS[:1] if quick else SETS:
         for name, policy, place in POLICIES[:2] if quick else POLICIES:
-
-            def latency(rate: float, name: str = name, of: str = policy, place: str = place, each: Set = each) -> float:
-                say(f"{each.name}, {name} at {rate:.3g} a second")
-                count = min(loongserve.requests(rate, SECONDS, quick), MOST)
-                taking = 2 * count / rate
-                return 1e3 * loongserve.per_token(of, place, size, budget, each.trace, rate, count, taking)
-
-            count = loongserve.requests(each.first, SECONDS, quick)
-            if loongserve.per_token(policy, place, size, budget, each.trace, each.first, count) < inf:
-                found = highest(latency, each.limit, each.first, HALVINGS)
+            if (found := _largest(each, name, policy, place, quick, say)) is not None:
                 yield Row(each.name, name, "requests/s", None, found, PREDICTED)
+
+
+def _largest(each: Set, name: str, policy: str, place: str, quick: bool, say: Say) -> float | None:
+    """The rate of one policy; None where it refuses some requests."""
+    size = read_size("LWM-7B", loongserve.BLOCK, loongserve.DTYPE)
+    budget = replace(loongserve.BUDGET, tokens=CHUNK)
+
+    @cache
+    def run(rate: float) -> tuple[float, bool]:
+        """Seconds a token, and whether it is kept up with."""
+        say(f"{each.name}, {name} at {rate:.3g} a second")
+        count = min(loongserve.requests(rate, SECONDS, quick), MOST)
+        mean, over = loongserve.answering(policy, place, size, budget, each.trace, rate, count)
+        return mean, over <= 2 * count / rate
+
+    def latency(rate: float) -> float:
+        mean, kept = run(rate)
+        return 1e3 * mean if kept else inf
+
+    return highest(latency, each.limit, each.first, HALVINGS) if run(each.first)[0] < inf else None
 
 
 def throughput(quick: bool, say: Say) -> Iterator[Row]:
