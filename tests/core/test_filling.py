@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from infinillm.core.elastic.filling import filled
+from infinillm.core.elastic.filling import PATIENCE, filled
 from infinillm.core.elastic.values import Decode, Kept, Master, Plan, Prefill
 from tests.core.elastic_cluster import A800, SLOTS, batch, instances, running, waiting
 from tests.core.test_elastic import state
@@ -59,6 +59,16 @@ def test_where_many_wait_for_that_the_rest_begins_now() -> None:
 
     assert begun(2) == 0
     assert 0 < begun(20) < 20
+
+
+@pytest.mark.parametrize(("steps", "found"), [(1.01, ("w0",)), (0.99, ())])
+def test_nobody_waits_long_for_an_empty_group(steps: float, found: tuple[str, ...]) -> None:
+    """Though it would cost all less: a second costs r a thousand times what it costs the prompt."""
+    left = round(PATIENCE / FIRST.decodes[0].seconds * steps)
+    told = state(instances(SLOTS), waiting(200_000), batch(*(running(f"r{n}", left=left, a=1) for n in range(60))))
+    names = tuple(f"r{n}" for n in range(60))
+    here = replace(FIRST, decodes=(Decode(names, ("a",), (Master("a", names),), 0.01),))
+    assert prompts(filled(here, told, A800, None)) == [found]
 
 
 @pytest.mark.parametrize("soon", [0.0, 60.0])
