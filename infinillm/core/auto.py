@@ -10,6 +10,9 @@ alone on an idle cluster wants all instances, and some fit on none. That is what
     elastic  its own plan, where somebody waits whom no instance could hold alone: it may preempt, move and merge
     eager    and as if all others had to decode for ever: it preempts wherever that lets the queue in
 
+Prompts that the elastic planner gives to several instances are computed by fewer of them, and the others only keep
+K/V, where that is quicker (core/elastic/narrowing.py).
+
 Each has a price in seconds per token, the same for all (`price`): what every known request has still to wait, by the
 times of the planner, over the tokens it comes to have. Whoever a plan leaves waiting is taken to be begun as soon as a
 group can begin with him: a rollout of the first plan. So no plan looks cheap for putting work off to a time that never
@@ -27,6 +30,7 @@ from math import inf
 
 from infinillm.core.elastic import plan as elastic
 from infinillm.core.elastic.filling import STEPS, filled, lightest_last
+from infinillm.core.elastic.narrowing import narrowed
 from infinillm.core.elastic.times import Times
 from infinillm.core.elastic.values import Plan, State, Waiting
 from infinillm.core.types import NodeId, SeqId
@@ -64,12 +68,13 @@ def _plans(goes_on: Plan, state: State, times: Times, first: Waiting | None) -> 
     yield filled(goes_on, state, times, first)
     busy = {name for each in goes_on.decodes for name in each.group}
     if idle := tuple(each for each in state.instances if each.id not in busy):
-        wide = elastic.plan(replace(state, instances=idle, batches=()), times)
+        alone = replace(state, instances=idle, batches=())
+        wide = narrowed(elastic.plan(alone, times), alone, times)
         yield filled(replace(goes_on, prefills=wide.prefills), state, times, first)
     largest = max((each.slots for each in state.instances), default=0)
     if any(each.tokens + each.left > largest for each in state.waiting):
-        yield elastic.plan(state, times)
-        yield elastic.plan(replace(state, average_decode=EAGER), replace(times, move=EAGER))
+        eager = elastic.plan(replace(state, average_decode=EAGER), replace(times, move=EAGER))
+        yield from (narrowed(each, state, times) for each in (elastic.plan(state, times), eager))
 
 
 def overdue(request: Waiting, now: float, times: Times) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from infinillm.core.elastic.times import Times
+from infinillm.core.elastic.times import PrefillTime, Times
 from infinillm.core.elastic.values import Decode, Kept, Master, Migration, Plan, Prefill, State
 from infinillm.core.planners import AUTO, ELASTIC, Planner, disaggregating
 from infinillm.errors import BadRequest
@@ -19,16 +19,20 @@ from infinillm.sim.losses import DIES, RETURNS, Loss, schedule
 from infinillm.sim.parties import Asked
 from infinillm.sim.simulation import Ending
 from tests.core.test_cost import LLAMA_H100 as COST
-from tests.sim.test_groups import BLOCK, SLOTS, alone, begun, groups, load, place
+from tests.sim.test_groups import BLOCK, SLOTS, alone, begun, groups, load, noted, place
 
 PLANNERS = {each.name: each for each in (ELASTIC, AUTO, disaggregating(["n0", "n1"]))}
 NOTHING = Plan((), (), (), (), ())
 
 
 def history(
-    planner: Planner, losses: list[Loss], seed: int, look: Callable[[Groups], None] = Groups.check
+    planner: Planner,
+    losses: list[Loss],
+    seed: int,
+    look: Callable[[Groups], None] = Groups.check,
+    times: Times | None = None,
 ) -> tuple[list[Ending], Groups]:
-    here, endings = groups(planner), list[Ending]()
+    here, endings = groups(planner, times=times), list[Ending]()
     schedule(here, losses)
     here.play(iter(load(seed, 60, 0.5)), endings.append)
     while here.clock.step(1000.0):
@@ -65,6 +69,22 @@ def test_instances_die_and_come_back_and_the_books_balance_after_every_event(nam
     assert all(each.asked < each.first <= each.last for each in served)
     assert set(here.books.places) == {"n0", "n1", "n2", "n3"} and not any(p.used for p in here.books.places.values())
     assert (endings, here.totals()) == ((again := history(PLANNERS[name], losses, seed))[0], again[1].totals())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_so_they_do_where_some_keep_what_others_compute(seed: int) -> None:
+    """To stripe a prompt takes long, as over a slow link."""
+    usual = striping.times(place(4))
+    slow = replace(usual, prefill=(usual.prefill[0], *map(slower, usual.prefill[1:])))
+    plans: list[Plan] = []
+    losses = [Loss(0.2, "n1", DIES), Loss(0.4, "n1", RETURNS), Loss(0.5, "n0", DIES), Loss(0.7, "n0", RETURNS)]
+    endings, here = history(noted(AUTO, plans), losses, seed, times=slow)
+    assert len(endings) == 60 and not any(each.used for each in here.books.places.values())
+    assert any(kept.instance not in each.group for plan in plans for each in plan.prefills for kept in each.kept)
+
+
+def slower(time: PrefillTime) -> PrefillTime:
+    return time._replace(beta=time.beta * 100)
 
 
 @pytest.mark.parametrize("name", PLANNERS)

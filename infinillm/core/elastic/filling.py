@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from infinillm.core.elastic.dispatching import suffices
+from infinillm.core.elastic.narrowing import reserved
 from infinillm.core.elastic.scaling import retention
 from infinillm.core.elastic.times import Times
 from infinillm.core.elastic.values import Decode, Instance, Plan, Prefill, State, Waiting, free
@@ -167,7 +168,7 @@ class _Empty:
 def _sides(plan: Plan, state: State, times: Times) -> Iterator[_Side]:
     """All that decode, and every instance that the plan leaves idle by itself."""
     busy = {name for each in plan.prefills for name in each.group}
-    idle = {each.id: each for each in state.instances if each.id not in busy}
+    idle = {each.id: each for each in reserved(state.instances, plan.prefills) if each.id not in busy}
     for decode in plan.decodes:
         there = [state.running[seq] for seq in decode.requests]
         known, weight = [(each.left, each.tokens) for each in there], sum(each.weight for each in there)

@@ -24,7 +24,12 @@ from infinillm.core.types import NodeId, SeqId
 
 def retention(requests: Sequence[Waiting], group: Sequence[Instance]) -> tuple[Kept, ...]:
     """Who keeps which tokens of a prefill: each token once, on the fewest instances. They must have the room."""
-    places = iter(fewest(sum(each.tokens for each in requests), group))
+    return laid(requests, fewest(sum(each.tokens for each in requests), group))
+
+
+def laid(requests: Sequence[Waiting], order: Iterable[Instance]) -> tuple[Kept, ...]:
+    """Who keeps which tokens of a prefill where each instance is filled before the next."""
+    places = iter(order)
     left = 0
     kept: list[Kept] = []
     for each in requests:
