@@ -45,20 +45,48 @@ SETS = (
 )
 HALVINGS = 5  # of the interval in which a rate is searched
 SECONDS, MOST = 300.0, 6_000  # of arrivals in a run: five phases; and requests
-SERVER, INSTANCES = "1x8xA100@infinite-llm", 8
-SYSTEMS = (  # name, policy, cluster
-    ("auto", "auto", SERVER),
-    ("auto, workers of four", "auto", f"{SERVER}:tp4"),
-    ("elastic", "elastic", SERVER),
-    ("elastic, workers of four", "elastic", f"{SERVER}:tp4"),
-    ("proactive", "proactive", SERVER),
-    ("pooled", "pooled", SERVER),
-    ("whole", "whole", SERVER),
-    ("whole, workers of four", "whole", f"{SERVER}:tp4"),
-    ("single", "single", SERVER),
+SEEDS = (0, 1, 2)
+
+
+class Systems(NamedTuple):
+    """What serves these traces to saturation: names, policies and clusters, of which the first says where rates begin.
+
+    Runs are `longer` than those of the paper's tables for so many `instances`. `note` says what the names do not.
+    """
+
+    traces: tuple[str, ...]
+    instances: int
+    longer: int
+    systems: tuple[tuple[str, str, str], ...]
+    note: str = ""
+
+
+SERVER, SERVERS = "1x8xA100@infinite-llm", "4x8xA100@infinite-llm:tp8"
+SATURATED = (
+    Systems(
+        ("t0", "t1", "t2", "t3", "t4", "t5"),
+        8,
+        6,
+        (
+            ("auto", "auto", SERVER),
+            ("auto, workers of four", "auto", f"{SERVER}:tp4"),
+            ("elastic", "elastic", SERVER),
+            ("elastic, workers of four", "elastic", f"{SERVER}:tp4"),
+            ("proactive", "proactive", SERVER),
+            ("pooled", "pooled", SERVER),
+            ("whole", "whole", SERVER),
+            ("whole, workers of four", "whole", f"{SERVER}:tp4"),
+            ("single", "single", SERVER),
+        ),
+    ),
+    Systems(
+        ("t6", "t7", "t8"),
+        32,
+        3,
+        tuple((each, each, SERVERS) for each in ("auto", "elastic", "proactive", "whole", "single")),
+        "four servers, each one worker",
+    ),
 )
-LONGER, SEEDS = 3, (0, 1, 2)  # runs than those of the paper's tables
-TRACES = ("t0", "t1", "t2", "t3", "t4", "t5")
 
 
 def rates(quick: bool, say: Say) -> Iterator[Row]:
@@ -95,20 +123,28 @@ def _largest(each: Set, name: str, policy: str, place: str, quick: bool, say: Sa
 
 def throughput(quick: bool, say: Say) -> Iterator[Row]:
     """Tokens a second at saturation, in the mean of seeds; none of a policy that refuses some requests."""
+    for here in SATURATED[:1] if quick else SATURATED:
+        for trace in here.traces[:1] if quick else here.traces:
+            for name, policy, where in here.systems[:2] if quick else here.systems:
+                found = _saturation(here, trace, policy, where, quick, lambda what, name=name: say(f"{name}, {what}"))
+                if found is not None:
+                    yield Row(trace, name, "tokens/s", None, found, PREDICTED, here.note)
+
+
+def _saturation(here: Systems, trace: str, policy: str, where: str, quick: bool, say: Say) -> float | None:
+    """The throughput of one system; None where it refuses some requests."""
     size = read_size("Llama-2-7B", infinite_llm.BLOCK, infinite_llm.DTYPE)
-    place = cluster(SERVER, size)
-    for trace in TRACES[:1] if quick else TRACES:
-        first = expected(place.sites[0].near, place, trace, infinite_llm.ROWS, infinite_llm.BLOCK)
-        count = infinite_llm.requests(trace, INSTANCES, quick) * (1 if quick else LONGER)
-        for name, policy, where in SYSTEMS[:2] if quick else SYSTEMS:
-            world = infinite_llm.make(policy, where, size)
-            best: list[float] = []
-            for seed in SEEDS[:1] if quick else SEEDS:
-                runs = saturated(world, trace, count, first, lambda what, name=name: say(f"{name}, {what}"), seed)
-                if not any(run.refused for run in runs):
-                    best.append(max(run.tokens for run in runs))
-            if best:
-                yield Row(trace, name, "tokens/s", None, fmean(best), PREDICTED)
+    place = cluster(here.systems[0][2], size)
+    first = expected(place.sites[0].near, place, trace, infinite_llm.ROWS, infinite_llm.BLOCK)
+    count = infinite_llm.requests(trace, here.instances, quick) * (1 if quick else here.longer)
+    world = infinite_llm.make(policy, where, size)
+    best: list[float] = []
+    for seed in SEEDS[:1] if quick else SEEDS:
+        runs = saturated(world, trace, count, first, say, seed)
+        if any(run.refused for run in runs):
+            return None
+        best.append(max(run.tokens for run in runs))
+    return fmean(best)
 
 
 def standing(rows: list[Row]) -> Iterator[Row]:
