@@ -51,17 +51,17 @@ SEEDS = (0, 1, 2)
 class Systems(NamedTuple):
     """What serves these traces to saturation: names, policies and clusters, of which the first says where rates begin.
 
-    Runs are `longer` than those of the paper's tables for so many `instances`. `note` says what the names do not.
+    Runs are `longer` than those of the paper's tables for so many `instances`. `where` says what the names do not.
     """
 
     traces: tuple[str, ...]
     instances: int
     longer: int
     systems: tuple[tuple[str, str, str], ...]
-    note: str = ""
+    where: str = ""
 
 
-SERVER, SERVERS = "1x8xA100@infinite-llm", "4x8xA100@infinite-llm:tp8"
+SERVER, SERVERS = "1x8xA100@infinite-llm", "4x8xA100@infinite-llm"
 SATURATED = (
     Systems(
         ("t0", "t1", "t2", "t3", "t4", "t5"),
@@ -83,8 +83,15 @@ SATURATED = (
         ("t6", "t7", "t8"),
         32,
         3,
-        tuple((each, each, SERVERS) for each in ("auto", "elastic", "proactive", "whole", "single")),
-        "four servers, each one worker",
+        tuple((each, each, f"{SERVERS}:tp8") for each in ("auto", "elastic", "proactive", "whole", "single")),
+        " on four workers of eight",
+    ),
+    Systems(
+        ("t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7"),
+        32,
+        1,
+        tuple((each, each, SERVERS) for each in ("auto", "elastic", "proactive", "whole")),
+        " on 32 workers",
     ),
 )
 
@@ -128,7 +135,7 @@ def throughput(quick: bool, say: Say) -> Iterator[Row]:
             for name, policy, where in here.systems[:2] if quick else here.systems:
                 found = _saturation(here, trace, policy, where, quick, lambda what, name=name: say(f"{name}, {what}"))
                 if found is not None:
-                    yield Row(trace, name, "tokens/s", None, found, PREDICTED, here.note)
+                    yield Row(trace + here.where, name, "tokens/s", None, found, PREDICTED)
 
 
 def _saturation(here: Systems, trace: str, policy: str, where: str, quick: bool, say: Say) -> float | None:

@@ -6,12 +6,14 @@ alone on an idle cluster wants all instances, and some fit on none. That is what
 (core/elastic/plan.py). So there are up to four plans:
 
     apart    everybody goes on, and groups take those of the queue whom they have slots for
-    wide     the same, once the elastic planner has had the instances that idle
+    wide     the same, once the elastic planner has had the instances that idle, of one place after the other
     elastic  its own plan, where somebody waits whom no instance could hold alone: it may preempt, move and merge
     eager    and as if all others had to decode for ever: it preempts wherever that lets the queue in
 
-Prompts that the elastic planner gives to several instances are computed by fewer of them, and the others only keep
-K/V, where that is quicker (core/elastic/narrowing.py).
+The links between places (servers) are slow. So the elastic planner is asked for one place at a time, and elsewhere all
+goes on as in `apart`. Only where somebody waits whom no place could hold, it is asked for all of them together, too.
+Prompts that it gives to several instances are computed by fewer of them, and the others only keep K/V, where that is
+quicker (core/elastic/narrowing.py).
 
 Each has a price in seconds per token, the same for all (`price`): what every known request has still to wait, by the
 times of the planner, over the tokens it comes to have. Whoever a plan leaves waiting is taken to be begun as soon as a
@@ -24,15 +26,16 @@ begins it before plans that do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
 from infinillm.core.elastic import plan as elastic
+from infinillm.core.elastic.dispatching import disjoint
 from infinillm.core.elastic.filling import STEPS, filled, lightest_last
 from infinillm.core.elastic.narrowing import narrowed
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Plan, State, Waiting
+from infinillm.core.elastic.values import Instance, Plan, Prefill, State, Waiting, free
 from infinillm.core.types import NodeId, SeqId
 
 TOLD = 32  # requests of the queue that a plan is made for: more do not make it better, and it takes longer
@@ -66,15 +69,72 @@ def _told(waiting: tuple[Waiting, ...]) -> tuple[Waiting, ...]:
 def _plans(goes_on: Plan, state: State, times: Times, first: Waiting | None) -> Iterator[Plan]:
     """The plans among which there is a choice; who is `first` goes before all others."""
     yield filled(goes_on, state, times, first)
+    places = _places(state.instances)
+    most = max(state.largest, *map(_slots, places)) if places else 0  # that a place could hold, were all of it there
+    apart = any(each.needed > most for each in state.waiting)
     busy = {name for each in goes_on.decodes for name in each.group}
     if idle := tuple(each for each in state.instances if each.id not in busy):
-        alone = replace(state, instances=idle, batches=())
-        wide = narrowed(elastic.plan(alone, times), alone, times)
-        yield filled(replace(goes_on, prefills=wide.prefills), state, times, first)
+        yield filled(replace(goes_on, prefills=_wide(_places(idle), state, times)), state, times, first)
+        if apart and len(places) > 1:
+            yield filled(replace(goes_on, prefills=_wide([idle], state, times)), state, times, first)
     largest = max((each.slots for each in state.instances), default=0)
-    if any(each.tokens + each.left > largest for each in state.waiting):
-        eager = elastic.plan(replace(state, average_decode=EAGER), replace(times, move=EAGER))
-        yield from (narrowed(each, state, times) for each in (elastic.plan(state, times), eager))
+    if long := next((each for each in state.waiting if each.needed > largest), None):
+        able = [here for here in places if _slots(here) >= long.needed]
+        here = state.instances if long.needed > most else max(able or places, key=free)
+        yield _within(here, state, times, first)
+        yield _within(here, replace(state, average_decode=EAGER), times, first, EAGER)
+
+
+def _wide(places: Iterable[tuple[Instance, ...]], state: State, times: Times) -> tuple[Prefill, ...]:
+    """What the elastic planner has the idle instances of one place after the other do."""
+    waiting, found = state.waiting, list[Prefill]()
+    for here in places:
+        alone = replace(state, instances=here, batches=(), waiting=waiting)
+        prefills = narrowed(elastic.plan(alone, times), alone, times).prefills
+        known = {seq for each in prefills for seq in each.requests}
+        waiting = tuple(each for each in waiting if each.id not in known)
+        found += prefills
+    return tuple(found)
+
+
+def _within(
+    here: tuple[Instance, ...], state: State, times: Times, first: Waiting | None, move: float | None = None
+) -> Plan:
+    """The elastic planner's plan for these instances, who is told that a move takes so long, and ours for the rest."""
+    names = {each.id for each in here}
+    batches = disjoint(state.batches)
+    inside = tuple(each for each in batches if names.issuperset(each.group))
+    outside = tuple(each for each in batches if not names.issuperset(each.group))
+    names.difference_update(name for each in outside for name in each.group)
+    there = replace(state, instances=tuple(each for each in here if each.id in names), batches=inside)
+    found = narrowed(elastic.plan(there, times if move is None else replace(times, move=move)), there, times)
+    if len(names) == len(state.instances):
+        return found
+    known = begun(found)
+    waiting = tuple(each for each in state.waiting if each.id not in known)
+    others = tuple(each for each in state.instances if each.id not in names)
+    rest = replace(state, instances=others, batches=outside, waiting=())
+    plan = filled(elastic.plan(rest, times), replace(rest, waiting=waiting), times, first)
+    return replace(
+        found,
+        prefills=found.prefills + plan.prefills,
+        decodes=found.decodes + plan.decodes,
+        migrations=found.migrations + plan.migrations,
+        preempted=found.preempted + plan.preempted,
+        evicted=found.evicted + plan.evicted,
+    )
+
+
+def _places(instances: Iterable[Instance]) -> list[tuple[Instance, ...]]:
+    """Instances by place, in the order of the first of each."""
+    found: dict[str, list[Instance]] = {}
+    for each in instances:
+        found.setdefault(each.place, []).append(each)
+    return [tuple(here) for here in found.values()]
+
+
+def _slots(here: Iterable[Instance]) -> int:
+    return sum(each.slots for each in here)
 
 
 def overdue(request: Waiting, now: float, times: Times) -> bool:

@@ -44,7 +44,7 @@ class Books:
         self.parties: list[Party] = []
         self.coming: list[Coming] = []
         self.asked = 0
-        self.longest = 0  # tokens of a request that can be served
+        self.longest = self.largest = 0  # tokens of a request that can be served, and slots of the largest server
         self.backlog, self.wanted = 0.0, 0  # seconds of the prompts that wait, each on all instances, and their slots
         self._measure()
 
@@ -52,6 +52,10 @@ class Books:
         """After instances came or went."""
         self.longest = self.planner.longest(self.instances(self.places, inf), self.times)
         self.backlog = sum(map(self._alone, self.waiting.values()))
+        servers = Counter[int]()
+        for place in self.places.values():
+            servers[place.site.server] += place.slots
+        self.largest = max(servers.values(), default=0)
 
     def _alone(self, request: Asked) -> float:
         """Seconds of its prompt on all instances."""

@@ -191,6 +191,7 @@ class Groups:
             self.decoded / max(self.decodes, 1),
             min((books.places[name].ready for each in books.prefills for name in each.group), default=inf) - self.now,
             self.now,
+            books.largest,
         )
 
     def _running(self, each: Asked) -> Running:

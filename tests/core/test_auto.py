@@ -8,18 +8,26 @@ from itertools import chain
 
 import pytest
 from hypothesis import event, given
+from hypothesis import strategies as st
 
 from infinillm.core.auto import OVERDUE, TOLD, begun, plan, price
 from infinillm.core.elastic import plan as elastic
 from infinillm.core.elastic.filling import filled
 from infinillm.core.elastic.values import State
-from tests.core.elastic_cluster import A800, SMALL, batch, instances, running, waiting
+from tests.core.elastic_cluster import A800, SLOTS, SMALL, batch, instances, running, waiting
 from tests.core.test_elastic import FOUR, moved, state, states
 
 
-@given(states())
-def test_its_plans_fit_and_forget_nobody(told: State) -> None:
-    found = plan(told, SMALL)
+def at_places(told: State, count: int) -> State:
+    """The same instances, at so many places in turn."""
+    return replace(told, instances=tuple(replace(e, place=str(at % count)) for at, e in enumerate(told.instances)))
+
+
+@given(states(), st.integers(1, 3), st.sampled_from([1, 100]))
+def test_its_plans_fit_and_forget_nobody(told: State, places: int, slower: int) -> None:
+    """Wherever the instances are, and however slow the links."""
+    told = at_places(told, places)
+    found = plan(told, replace(SMALL, move=SMALL.move * slower))
     known, left = moved(told, found)
     assert sorted(chain(found.preempted, *(each.requests for each in found.decodes))) == sorted(left)
     groups = [name for each in (*found.prefills, *found.decodes) for name in each.group]
@@ -66,6 +74,31 @@ def test_nobody_is_stopped_or_moved_for_a_prompt_that_an_instance_can_hold() -> 
 def test_what_no_instance_can_hold_is_begun_by_several() -> None:
     (prefill,) = plan(state(FOUR, waiting(400_000, left=50)), A800).prefills
     assert len(prefill.group) > 1
+
+
+def test_what_one_place_can_hold_is_not_computed_by_two() -> None:
+    """Though c and d are idle: it rather waits, and once it is overdue a is stopped for it."""
+    busy = [batch(running(name, produced=400, left=40_000, **{name: 500})) for name in "ab"]
+    told = state(FOUR, waiting(300_000, left=50), *busy)
+    assert [each.group for each in plan(told, A800).prefills] == [("c", "d")], "where all are at one place"
+    told = at_places(told, 2)
+    assert not begun(plan(told, A800))
+    assert [sorted(each.group) for each in plan(replace(told, now=1e4), A800).prefills] == [["a", "c"]]
+
+
+def test_what_no_place_can_hold_is_computed_by_one_and_kept_by_two() -> None:
+    told = at_places(state(FOUR, waiting(500_000, left=50)), 2)
+    (prefill,) = plan(told, replace(A800, move=0.001)).prefills
+    places = {each.id: each.place for each in told.instances}
+    assert len({places[name] for name in prefill.group}) == 1
+    assert len({places[kept.instance] for kept in prefill.kept}) == 2
+
+
+def test_for_what_a_place_can_hold_once_all_of_it_is_back_no_other_is_asked() -> None:
+    """Its other instances are in a prefill; until then, nobody computes half of it over there."""
+    told = at_places(state(FOUR[:3], waiting(400_000, left=50)), 3)
+    assert begun(plan(told, A800)) == {"w0"}
+    assert not begun(plan(replace(told, largest=4 * SLOTS), A800))
 
 
 def test_putting_work_off_makes_no_plan_cheaper() -> None:

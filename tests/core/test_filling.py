@@ -134,6 +134,17 @@ def test_who_fits_on_no_instance_has_several_kept() -> None:
     assert prompts(filled(PLAN, told, A800, told.waiting[0])) == [(), ()]
 
 
+def test_those_are_of_one_place_if_that_can_hold_it() -> None:
+    """Of b and c, at different places, there would be slots sooner."""
+    steps = {"a": 100, "b": 10, "c": 10, "d": 50}
+    batches = [batch(running(f"r{name}", left=left, **{name: 500})) for name, left in steps.items()]
+    told = state(instances(1000, 1000, 1000, 1000, slots=1000), waiting(1800, 20, 20, 20, 20, left=10), *batches)
+    told = replace(told, instances=tuple(replace(e, place=p) for e, p in zip(told.instances, "lrlr", strict=True)))
+    decodes = tuple(alone(f"r{name}", name) for name in steps)
+    found = filled(Plan((), decodes, (), (), ()), told, A800, told.waiting[0])
+    assert [bool(each.prompts) for each in found.decodes] == [True, False, True, False]
+
+
 def test_whom_the_plan_has_begun_is_not_begun_again() -> None:
     begun = Prefill(("w0",), ("b",), (Kept("b", "w0", 0, 300),), 1.0)
     found = filled(

@@ -21,8 +21,10 @@ soonest take nobody else: a reservation, as in backfilling.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import inf
 
 from infinillm.core.elastic.dispatching import suffices
@@ -183,9 +185,14 @@ def _cheapest(request: Waiting, sides: Sequence[_Side]) -> _Side | None:
 
 
 def _unreserved(request: Waiting, sides: Sequence[_Side]) -> list[_Side]:
-    """All but those that are to have slots for the request soonest, together if it takes several."""
+    """All but those that have slots for the request soonest; if it takes several, of one place where that can be."""
     order = sorted(sides, key=lambda side: side.steps(request))
+    places: dict[str, list[_Side]] = {}
+    for side in order:
+        places.setdefault(side.instances[0].place, []).append(side)
     wanted = request.tokens + request.left
-    while order and wanted > 0:
-        wanted -= order.pop(0).slots
-    return order
+    able = [here for here in places.values() if sum(side.slots for side in here) >= wanted] or [order]
+    ends = [list(accumulate(side.slots for side in here)) for here in able]
+    kept = [here[: bisect_left(slots, wanted) + 1] for here, slots in zip(able, ends, strict=True)]
+    soonest = min(kept, key=lambda here: max((side.steps(request) for side in here), default=0))
+    return [side for side in order if side not in soonest]

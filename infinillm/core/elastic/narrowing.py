@@ -20,7 +20,7 @@ from infinillm.core.types import NodeId
 
 
 def narrowed(plan: Plan, state: State, times: Times) -> Plan:
-    """The same plan; each prefill is computed by as many of its group as make it quickest."""
+    """The same plan; each prefill is computed by as many of its group as make it quickest, at one place or all."""
     moved: Counter[NodeId] = Counter()
     for _, source, target, tokens in plan.migrations:
         moved[source] -= tokens
@@ -37,8 +37,15 @@ def narrowed(plan: Plan, state: State, times: Times) -> Plan:
 
 def _quickest(prefill: Prefill, requests: Sequence[Waiting], group: Sequence[Instance], times: Times) -> Prefill:
     tokens, squares = sum(each.tokens for each in requests), sum(each.tokens**2 for each in requests)
-    order = sorted(group, key=lambda each: (-each.free, each.id))
-    for count in range(1, len(order)):
+    room: Counter[str] = Counter()
+    for each in group:
+        room[each.place] += each.free
+    order = sorted(group, key=lambda each: (-room[each.place], each.place, -each.free, each.id))
+    near = sum(each.place == order[0].place for each in order)
+    if near < len(order):  # what goes around takes the way between places
+        around = tokens * (len(order) - 1) / len(order) * times.move
+        prefill = replace(prefill, seconds=max(prefill.seconds, around))
+    for count in range(1, min(near + 1, len(order))):
         there, others = order[:count], order[count:]
         away = max(tokens - free(there), 0)
         seconds = max(times.on(count, tokens, squares), away * times.move)

@@ -35,7 +35,7 @@ def laid(requests: Sequence[Waiting], order: Iterable[Instance]) -> tuple[Kept, 
     for each in requests:
         start = 0
         while start < each.tokens:
-            if not left:
+            while not left:
                 here = next(places)
                 left = here.free
             stop = start + min(each.tokens - start, left)

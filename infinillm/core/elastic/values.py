@@ -43,6 +43,11 @@ class Waiting:
     arrived: float
     left: int
 
+    @property
+    def needed(self) -> int:
+        """Slots for it to its end."""
+        return self.tokens + self.left
+
     @cached_property
     def weight(self) -> float:
         """What a second costs it, in seconds per token it comes to have."""
@@ -100,8 +105,8 @@ class State:
     """All the planner knows at the start of a macro-iteration.
 
     `average_decode`: seconds that requests spent decoding, on average of those that ended. `soon`: seconds until one of
-    the instances in a prefill, which are not told of, comes back. Requests no pool of this size
-    can hold are refused before they come here: they would stop the queue.
+    the instances in a prefill, which are not told of, comes back. `largest`: slots of the largest place, all of it, or
+    0. Requests no pool of this size can hold are refused before they come here: they would stop the queue.
     """
 
     instances: tuple[Instance, ...]
@@ -110,6 +115,7 @@ class State:
     average_decode: float
     soon: float = inf
     now: float = 0.0
+    largest: int = 0
 
     @cached_property
     def running(self) -> Mapping[SeqId, Running]:
