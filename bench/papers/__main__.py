@@ -12,6 +12,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -59,7 +60,8 @@ def loong(out: Path, quick: bool, say: Say) -> None:
 
 
 def auto(out: Path, quick: bool, say: Say) -> None:
-    for name, cells in (("rates", ours.rates), ("throughput", ours.throughput)):
+    parts = {name: partial(ours.throughput, here) for name, here in ours.SATURATED.items()}
+    for name, cells in {"rates": ours.rates, **parts}.items():
         found: list[rows.Row] = []
         for each in cells(quick, say):
             found.append(each)

@@ -51,19 +51,18 @@ SEEDS = (0, 1, 2)
 class Systems(NamedTuple):
     """What serves these traces to saturation: names, policies and clusters, of which the first says where rates begin.
 
-    Runs are `longer` than those of the paper's tables for so many `instances`. `where` says what the names do not.
+    Runs are `longer` than those of the paper's tables for so many `instances`.
     """
 
     traces: tuple[str, ...]
     instances: int
     longer: int
     systems: tuple[tuple[str, str, str], ...]
-    where: str = ""
 
 
 SERVER, SERVERS = "1x8xA100@infinite-llm", "4x8xA100@infinite-llm"
-SATURATED = (
-    Systems(
+SATURATED = {
+    "throughput": Systems(
         ("t0", "t1", "t2", "t3", "t4", "t5"),
         8,
         6,
@@ -79,21 +78,19 @@ SATURATED = (
             ("single", "single", SERVER),
         ),
     ),
-    Systems(
+    "throughput-of-eights": Systems(
         ("t6", "t7", "t8"),
         32,
         3,
         tuple((each, each, f"{SERVERS}:tp8") for each in ("auto", "elastic", "proactive", "whole", "single")),
-        " on four workers of eight",
     ),
-    Systems(
-        ("t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7"),
+    "throughput-of-ones": Systems(
+        ("t3", "t4", "t5", "t6"),
         32,
         1,
         tuple((each, each, SERVERS) for each in ("auto", "elastic", "proactive", "whole")),
-        " on 32 workers",
     ),
-)
+}
 
 
 def rates(quick: bool, say: Say) -> Iterator[Row]:
@@ -128,14 +125,13 @@ def _largest(each: Set, name: str, policy: str, place: str, quick: bool, say: Sa
     return highest(latency, each.limit, each.first, HALVINGS) if run(each.first)[0] < inf else None
 
 
-def throughput(quick: bool, say: Say) -> Iterator[Row]:
+def throughput(here: Systems, quick: bool, say: Say) -> Iterator[Row]:
     """Tokens a second at saturation, in the mean of seeds; none of a policy that refuses some requests."""
-    for here in SATURATED[:1] if quick else SATURATED:
-        for trace in here.traces[:1] if quick else here.traces:
-            for name, policy, where in here.systems[:2] if quick else here.systems:
-                found = _saturation(here, trace, policy, where, quick, lambda what, name=name: say(f"{name}, {what}"))
-                if found is not None:
-                    yield Row(trace + here.where, name, "tokens/s", None, found, PREDICTED)
+    for trace in here.traces[:1] if quick else here.traces:
+        for name, policy, where in here.systems[:2] if quick else here.systems:
+            found = _saturation(here, trace, policy, where, quick, lambda what, name=name: say(f"{name}, {what}"))
+            if found is not None:
+                yield Row(trace, name, "tokens/s", None, found, PREDICTED)
 
 
 def _saturation(here: Systems, trace: str, policy: str, where: str, quick: bool, say: Say) -> float | None:

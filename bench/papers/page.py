@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.papers import plots, rows
 from bench.papers.infinite_llm import IMPLIED, MANY, ONE, PROACTIVE, TURNS
+from bench.papers.ours import SATURATED
 from bench.papers.rows import Row
 
 DECISIONS = Path("bench/results/decisions-growth.json")
@@ -16,6 +17,7 @@ AIM_MS = 10.0
 
 NOTES = Path(__file__).with_name("notes.md")  # what is said, by heading
 
+AUTO = ("auto-rates", *(f"auto-{name}" for name in SATURATED))
 SECTIONS = (  # heading in notes.md, tables, figures
     ("Infinite-LLM, figure 1a: layouts of 32 A100", ("figure-1a",), ("figure-1a",)),
     ("Infinite-LLM, figure 4c: ship the query or the K/V", ("figure-4c",), ("figure-4c",)),
@@ -28,11 +30,7 @@ SECTIONS = (  # heading in notes.md, tables, figures
         ("loongserve-rates",),
     ),
     ("LoongServe, scaling up and down", ("loongserve-scaling",), ("loongserve-scaling",)),
-    (
-        "Our own planner beside all others",
-        ("auto-rates-over", "auto-throughput-over", "auto-rates", "auto-throughput"),
-        ("auto-rates", "auto-throughput"),
-    ),
+    ("Our own planner beside all others", tuple(f"{name}{of}" for of in ("-over", "") for name in AUTO), AUTO),
     ("What decisions cost", (), ("decisions",)),
 )
 
@@ -54,7 +52,7 @@ def draw(folder: Path) -> None:
     each("gains-one", "gains-one", lambda found, path: plots.gains(found, ones, ones, path, True))
     each("loongserve-rates", "loongserve-rates", plots.largest_rates)
     each("loongserve-scaling", "loongserve-scaling", plots.masters)
-    for name in ("auto-rates", "auto-throughput"):
+    for name in AUTO:
         each(name, name, plots.standings)
     if (folder / "throughput-many.csv").is_file():
         plots.curves(_curves(folder / "throughput-many.csv"), folder / "throughput-many.svg")
