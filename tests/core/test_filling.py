@@ -120,15 +120,22 @@ def test_whom_a_second_costs_most_goes_before_those_who_came_first() -> None:
 def test_slots_are_kept_for_the_first_where_it_has_them_soonest() -> None:
     """On b it finds 900 slots once s has ended, 10 steps from now; a has them in 100, and goes on taking others."""
     batches = batch(running("r", left=100, a=500)), batch(running("s", left=10, b=500))
-    told = state(instances(1000, 1000, slots=1000), waiting(800, 20, 20, left=10), *batches)
+    told = state(instances(1000, 1000, slots=1000), waiting(800, 20, 20, left=11), *batches)
     assert prompts(filled(PLAN, told, A800, None)) == [("w1",), ("w2",)]
     assert prompts(filled(PLAN, told, A800, told.waiting[0])) == [("w1", "w2"), ()]
+
+
+@pytest.mark.parametrize(("left", "found"), [(10, [("w1",), ("w2",)]), (11, [("w1", "w2"), ()])])
+def test_who_has_ended_by_then_is_begun_there(left: int, found: list[tuple[str, ...]]) -> None:
+    batches = batch(running("r", left=100, a=500)), batch(running("s", left=10, b=500))
+    told = state(instances(1000, 1000, slots=1000), waiting(800, 20, 20, left=left), *batches)
+    assert prompts(filled(PLAN, told, A800, told.waiting[0])) == found
 
 
 def test_who_fits_on_no_instance_has_several_kept() -> None:
     told = state(
         instances(1000, 1000, slots=1000),
-        waiting(1800, 20, left=10),
+        waiting(1800, 20, left=101),
         *(batch(running("r", left=100, a=500)), batch(running("s", left=10, b=500))),
     )
     assert prompts(filled(PLAN, told, A800, told.waiting[0])) == [(), ()]
@@ -138,7 +145,7 @@ def test_those_are_of_one_place_if_that_can_hold_it() -> None:
     """Of b and c, at different places, there would be slots sooner."""
     steps = {"a": 100, "b": 10, "c": 10, "d": 50}
     batches = [batch(running(f"r{name}", left=left, **{name: 500})) for name, left in steps.items()]
-    told = state(instances(1000, 1000, 1000, 1000, slots=1000), waiting(1800, 20, 20, 20, 20, left=10), *batches)
+    told = state(instances(1000, 1000, 1000, 1000, slots=1000), waiting(1800, 20, 20, 20, 20, left=60), *batches)
     told = replace(told, instances=tuple(replace(e, place=p) for e, p in zip(told.instances, "lrlr", strict=True)))
     decodes = tuple(alone(f"r{name}", name) for name in steps)
     found = filled(Plan((), decodes, (), (), ()), told, A800, told.waiting[0])

@@ -16,7 +16,7 @@ decode in small batches, and only the long are left, of which few fit at once: t
 A group with more in hand than a few steps takes nobody: by the time it could begin with him, all are asked anew.
 
 One may go before all others, whatever it costs. Where no group has the slots for it now, those that come to have them
-soonest take nobody else: a reservation, as in backfilling.
+soonest take only who has ended by then: a reservation, as in backfilling.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def filled(plan: Plan, state: State, times: Times, first: Waiting | None) -> Pla
         if side := _cheapest(first, takers):
             side.add(first)
         else:
-            takers = _unreserved(first, takers)
+            _reserve(first, takers)
     empty = [_Empty(side.ends, len(side.instances)) for side in sides] + [_Empty(state.soon, 1)]
     for request in rest:
         side = _cheapest(request, takers)
@@ -81,6 +81,7 @@ class _Side:
     prompts: list[Waiting] = field(default_factory=list)
     tokens: int = 0
     squares: int = 0
+    until: float = inf  # steps after which its slots are somebody else's
     slots: int = field(init=False)
     room: int = field(init=False)
     needed: int = field(init=False)
@@ -102,7 +103,7 @@ class _Side:
 
     def fits(self, request: Waiting) -> bool:
         """Whether there are slots for all of them to their ends."""
-        if request.tokens >= self.room:
+        if request.tokens >= self.room or request.left > self.until:
             return False
         needed = self.needed + request.left + request.tokens
         return needed <= self.slots or suffices(self.slots, [*self.known, (request.left, request.tokens)])
@@ -184,8 +185,8 @@ def _cheapest(request: Waiting, sides: Sequence[_Side]) -> _Side | None:
     return min((side for side in sides if side.fits(request)), key=lambda side: side.price(request), default=None)
 
 
-def _unreserved(request: Waiting, sides: Sequence[_Side]) -> list[_Side]:
-    """All but those that have slots for the request soonest; if it takes several, of one place where that can be."""
+def _reserve(request: Waiting, sides: Sequence[_Side]) -> None:
+    """Slots that a request has soonest are kept for it from then on; if it takes several sides, of one place if any."""
     order = sorted(sides, key=lambda side: side.steps(request))
     places: dict[str, list[_Side]] = {}
     for side in order:
@@ -195,4 +196,5 @@ def _unreserved(request: Waiting, sides: Sequence[_Side]) -> list[_Side]:
     ends = [list(accumulate(side.slots for side in here)) for here in able]
     kept = [here[: bisect_left(slots, wanted) + 1] for here, slots in zip(able, ends, strict=True)]
     soonest = min(kept, key=lambda here: max((side.steps(request) for side in here), default=0))
-    return [side for side in order if side not in soonest]
+    for side in soonest:
+        side.until = max(side.steps(request) for side in soonest)
