@@ -169,7 +169,7 @@ def price(plan: Plan, state: State, times: Times) -> float:
         ends = [
             (group.free + times.on(group.width, tokens, squares), at)
             for at, group in enumerate(groups)
-            if group.slots >= tokens + request.left
+            if group.slots >= request.needed
         ]
         if ends:
             end, at = min(ends)

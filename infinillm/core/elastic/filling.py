@@ -105,7 +105,7 @@ class _Side:
         """Whether there are slots for all of them to their ends."""
         if request.tokens >= self.room or request.left > self.until:
             return False
-        needed = self.needed + request.left + request.tokens
+        needed = self.needed + request.needed
         return needed <= self.slots or suffices(self.slots, [*self.known, (request.left, request.tokens)])
 
     def price(self, request: Waiting) -> tuple[float, float]:
@@ -119,7 +119,7 @@ class _Side:
 
     def steps(self, request: Waiting) -> int:
         """Steps until those who end leave room for this request, or for as much of it as there can be."""
-        wanted = min(request.tokens + request.left, self.slots)
+        wanted = min(request.needed, self.slots)
         room, steps = free(self.instances), 0
         for left, tokens in sorted(self.known):
             if room >= wanted:
@@ -134,7 +134,7 @@ class _Side:
         self.tokens += request.tokens
         self.squares += request.tokens**2
         self.room -= request.tokens + 1
-        self.needed += request.tokens + request.left
+        self.needed += request.needed
 
     def decoding(self) -> Decode:
         """The decode with its prompts: their K/V on the fewest instances, beside the next tokens of the batch."""
@@ -191,7 +191,7 @@ def _reserve(request: Waiting, sides: Sequence[_Side]) -> None:
     places: dict[str, list[_Side]] = {}
     for side in order:
         places.setdefault(side.instances[0].place, []).append(side)
-    wanted = request.tokens + request.left
+    wanted = request.needed
     able = [here for here in places.values() if sum(side.slots for side in here) >= wanted] or [order]
     ends = [list(accumulate(side.slots for side in here)) for here in able]
     kept = [here[: bisect_left(slots, wanted) + 1] for here, slots in zip(able, ends, strict=True)]
