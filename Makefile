@@ -51,7 +51,7 @@ bench: setup ## measure, and write bench/results (ARGS="attention serving" for s
 	@$(PIP) --quiet -e '.[bench]'
 	@for each in $(or $(ARGS),$(BENCHES)); do $(SAY) "bench/$$each.py"; $(BIN)/python -m bench.$$each || exit 1; done
 
-papers: setup ## two papers' tables and figures, from the simulator, to docs/papers: half an hour (ARGS="--quick")
+papers: setup ## two papers' tables and figures, from the simulator, to docs/papers: two hours (ARGS="--quick")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.papers $(ARGS)
 
 chaos: setup ## processes killed, stopped and cut off under load, then an audit (ARGS="--seed 2 --requests 500")
