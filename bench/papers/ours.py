@@ -63,10 +63,10 @@ class Systems(NamedTuple):
 SERVER, SERVERS = "1x8xA100@infinite-llm", "4x8xA100@infinite-llm"
 SATURATED = {
     "throughput": Systems(
-        ("t0", "t1", "t2", "t3", "t4", "t5"),
-        8,
-        6,
-        (
+        traces=("t0", "t1", "t2", "t3", "t4", "t5"),
+        instances=8,
+        longer=6,
+        systems=(
             ("auto", "auto", SERVER),
             ("auto, workers of four", "auto", f"{SERVER}:tp4"),
             ("elastic", "elastic", SERVER),
@@ -79,16 +79,16 @@ SATURATED = {
         ),
     ),
     "throughput-of-eights": Systems(
-        ("t6", "t7", "t8"),
-        32,
-        3,
-        tuple((each, each, f"{SERVERS}:tp8") for each in ("auto", "elastic", "proactive", "whole", "single")),
+        traces=("t6", "t7", "t8"),
+        instances=32,
+        longer=3,
+        systems=tuple((each, each, f"{SERVERS}:tp8") for each in ("auto", "elastic", "proactive", "whole", "single")),
     ),
     "throughput-of-ones": Systems(
-        ("t3", "t4", "t5", "t6"),
-        32,
-        1,
-        tuple((each, each, SERVERS) for each in ("auto", "elastic", "proactive", "whole")),
+        traces=("t3", "t4", "t5", "t6"),
+        instances=32,
+        longer=1,
+        systems=tuple((each, each, SERVERS) for each in ("auto", "elastic", "proactive", "whole")),
     ),
 }
 

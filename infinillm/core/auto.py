@@ -3,7 +3,7 @@
 Theory of operation. What brings most through is simple: batches stay apart, and whoever finds slots to his end is
 begun, unless to wait for an empty group costs less (core/elastic/filling.py). What that lacks is width: a long prompt
 alone on an idle cluster wants all instances, and some fit on none. That is what the elastic planner is for
-(core/elastic/plan.py). So there are up to four plans:
+(core/elastic/plan.py). So there are a few plans:
 
     apart    everybody goes on, and groups take those of the queue whom they have slots for
     wide     the same, once the elastic planner has had the instances that idle, of one place after the other
@@ -35,7 +35,7 @@ from infinillm.core.elastic.dispatching import disjoint
 from infinillm.core.elastic.filling import STEPS, filled, lightest_last
 from infinillm.core.elastic.narrowing import narrowed
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Instance, Plan, Prefill, State, Waiting, free
+from infinillm.core.elastic.values import Instance, Plan, Prefill, State, Waiting, by_place, free, slots
 from infinillm.core.types import NodeId, SeqId
 
 TOLD = 32  # requests of the queue that a plan is made for: more do not make it better, and it takes longer
@@ -69,17 +69,17 @@ def _told(waiting: tuple[Waiting, ...]) -> tuple[Waiting, ...]:
 def _plans(goes_on: Plan, state: State, times: Times, first: Waiting | None) -> Iterator[Plan]:
     """The plans among which there is a choice; who is `first` goes before all others."""
     yield filled(goes_on, state, times, first)
-    places = _places(state.instances)
-    most = max(state.largest, *map(_slots, places)) if places else 0  # that a place could hold, were all of it there
+    places = by_place(state.instances)
+    most = max(state.largest, *map(slots, places)) if places else 0  # that a place could hold, were all of it there
     apart = any(each.needed > most for each in state.waiting)
     busy = {name for each in goes_on.decodes for name in each.group}
     if idle := tuple(each for each in state.instances if each.id not in busy):
-        yield filled(replace(goes_on, prefills=_wide(_places(idle), state, times)), state, times, first)
+        yield filled(replace(goes_on, prefills=_wide(by_place(idle), state, times)), state, times, first)
         if apart and len(places) > 1:
             yield filled(replace(goes_on, prefills=_wide([idle], state, times)), state, times, first)
     largest = max((each.slots for each in state.instances), default=0)
     if long := next((each for each in state.waiting if each.needed > largest), None):
-        able = [here for here in places if _slots(here) >= long.needed]
+        able = [here for here in places if slots(here) >= long.needed]
         here = state.instances if long.needed > most else max(able or places, key=free)
         yield _within(here, state, times, first)
         yield _within(here, replace(state, average_decode=EAGER), times, first, EAGER)
@@ -123,18 +123,6 @@ def _within(
         preempted=found.preempted + plan.preempted,
         evicted=found.evicted + plan.evicted,
     )
-
-
-def _places(instances: Iterable[Instance]) -> list[tuple[Instance, ...]]:
-    """Instances by place, in the order of the first of each."""
-    found: dict[str, list[Instance]] = {}
-    for each in instances:
-        found.setdefault(each.place, []).append(each)
-    return [tuple(here) for here in found.values()]
-
-
-def _slots(here: Iterable[Instance]) -> int:
-    return sum(each.slots for each in here)
 
 
 def overdue(request: Waiting, now: float, times: Times) -> bool:

@@ -15,7 +15,7 @@ from math import inf
 from typing import NamedTuple
 
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Instance, Kept, Prefill
+from infinillm.core.elastic.values import Instance, Kept, Prefill, by_place, slots
 from infinillm.core.planners import Planner
 from infinillm.core.types import Ledger, Loan, Node, NodeId, SeqId
 from infinillm.errors import Broken
@@ -50,12 +50,10 @@ class Books:
 
     def _measure(self) -> None:
         """After instances came or went."""
-        self.longest = self.planner.longest(self.instances(self.places, inf), self.times)
+        instances = self.instances(self.places, inf)
+        self.longest = self.planner.longest(instances, self.times)
+        self.largest = max(map(slots, by_place(instances)), default=0)
         self.backlog = sum(map(self._alone, self.waiting.values()))
-        servers = Counter[int]()
-        for place in self.places.values():
-            servers[place.site.server] += place.slots
-        self.largest = max(servers.values(), default=0)
 
     def _alone(self, request: Asked) -> float:
         """Seconds of its prompt on all instances."""

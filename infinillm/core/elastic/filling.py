@@ -21,7 +21,6 @@ soonest take only who has ended by then: a reservation, as in backfilling.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -47,7 +46,7 @@ def filled(plan: Plan, state: State, times: Times, first: Waiting | None) -> Pla
         rest.remove(first)
         if side := _cheapest(first, takers):
             side.add(first)
-        else:
+        elif takers:
             _reserve(first, takers)
     empty = [_Empty(side.ends, len(side.instances)) for side in sides] + [_Empty(state.soon, 1)]
     for request in rest:
@@ -191,10 +190,16 @@ def _reserve(request: Waiting, sides: Sequence[_Side]) -> None:
     places: dict[str, list[_Side]] = {}
     for side in order:
         places.setdefault(side.instances[0].place, []).append(side)
-    wanted = request.needed
-    able = [here for here in places.values() if sum(side.slots for side in here) >= wanted] or [order]
-    ends = [list(accumulate(side.slots for side in here)) for here in able]
-    kept = [here[: bisect_left(slots, wanted) + 1] for here, slots in zip(able, ends, strict=True)]
-    soonest = min(kept, key=lambda here: max((side.steps(request) for side in here), default=0))
+    able = [here for here in places.values() if sum(side.slots for side in here) >= request.needed] or [order]
+    soonest = min((_first(here, request.needed) for here in able), key=lambda here: here[-1].steps(request))
+    until = soonest[-1].steps(request)
     for side in soonest:
-        side.until = max(side.steps(request) for side in soonest)
+        side.until = until
+
+
+def _first(sides: Sequence[_Side], slots: int) -> Sequence[_Side]:
+    """As many of the first of them as have so many slots together; all, where that is not enough."""
+    for count, found in enumerate(accumulate(side.slots for side in sides), 1):
+        if found >= slots:
+            return sides[:count]
+    return sides

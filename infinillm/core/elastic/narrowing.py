@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from infinillm.core.elastic.scaling import fewest, laid
 from infinillm.core.elastic.times import Times
-from infinillm.core.elastic.values import Instance, Plan, Prefill, State, Waiting, free
+from infinillm.core.elastic.values import Instance, Plan, Prefill, State, Waiting, by_place, free
 from infinillm.core.types import NodeId
 
 
@@ -37,16 +38,13 @@ def narrowed(plan: Plan, state: State, times: Times) -> Plan:
 
 def _quickest(prefill: Prefill, requests: Sequence[Waiting], group: Sequence[Instance], times: Times) -> Prefill:
     tokens, squares = sum(each.tokens for each in requests), sum(each.tokens**2 for each in requests)
-    room: Counter[str] = Counter()
-    for each in group:
-        room[each.place] += each.free
-    order = sorted(group, key=lambda each: (-room[each.place], each.place, -each.free, each.id))
-    near = sum(each.place == order[0].place for each in order)
-    if near < len(order):  # what goes around takes the way between places
-        around = tokens * (len(order) - 1) / len(order) * times.move
+    roomiest, *apart = sorted(by_place(group), key=lambda place: (-free(place), place[0].place))
+    here = sorted(roomiest, key=lambda each: (-each.free, each.id))
+    if apart:  # what goes around takes the way between places
+        around = tokens * (len(group) - 1) / len(group) * times.move
         prefill = replace(prefill, seconds=max(prefill.seconds, around))
-    for count in range(1, min(near + 1, len(order))):
-        there, others = order[:count], order[count:]
+    for count in range(1, min(len(here) + 1, len(group))):
+        there, others = here[:count], (*here[count:], *chain(*apart))
         away = max(tokens - free(there), 0)
         seconds = max(times.on(count, tokens, squares), away * times.move)
         if seconds < prefill.seconds:

@@ -195,6 +195,19 @@ class Plan:
     evicted: tuple[SeqId, ...]
 
 
+def by_place(instances: Iterable[Instance]) -> list[tuple[Instance, ...]]:
+    """The instances of one place after the other, in the order of the first of each."""
+    found: dict[str, list[Instance]] = {}
+    for each in instances:
+        found.setdefault(each.place, []).append(each)
+    return [tuple(here) for here in found.values()]
+
+
+def slots(instances: Iterable[Instance]) -> int:
+    """Slots of all of them, used or not."""
+    return sum(each.slots for each in instances)
+
+
 def free(instances: Iterable[Instance]) -> int:
     """Slots free on all of them."""
     return sum(each.free for each in instances)
